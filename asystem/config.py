@@ -1,0 +1,221 @@
+"""The configuration schema: every key of every recipe, its unit, its default, and what is refused.
+
+Hydra composes `configs/` groups and a recipe into these dataclasses once (`asystem.cli`); below the command line nobody
+sees Hydra. `Config.check` looks at the whole before anything starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from asystem.errors import ConfigError
+
+
+class RuntimeKind(str, Enum):
+    inline = "inline"  # all in this process: pdb works
+    ray = "ray"  # one Ray actor a rank
+
+
+class PlacementKind(str, Enum):
+    split = "split"  # generation and training own different devices
+    hybrid = "hybrid"  # each worker holds both over one copy of the weights
+
+
+class BudgetCounts(str, Enum):
+    generated = "generated"  # every new token (prose of the Ring-1T report; Ring-2.6)
+    completed = "completed"  # whole lengths when rollouts finish (its Algorithm 1)
+
+
+class Correction(str, Enum):
+    none = "none"
+    tis = "tis"
+    icepop = "icepop"
+
+
+class Normalizer(str, Enum):
+    response = "response"  # mean over each response's tokens, then over responses (GRPO, IcePop: 1/|y|)
+    token = "token"  # mean over all tokens of the global batch
+    budget = "budget"  # sum over tokens divided by the constant token budget (C3PO: 1/Φ)
+
+
+class Schedule(str, Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class WandbMode(str, Enum):
+    auto = "auto"  # online when a key is set, else offline
+    offline = "offline"
+    online = "online"
+    disabled = "disabled"  # wandb is not imported
+
+
+@dataclass
+class ModelConfig:
+    path: str | None = None  # Hugging Face folder; null = random weights of the shape below
+    family: str = "qwen3"  # llama | qwen2 | qwen3
+    vocab_size: int = 259
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    rope_theta: float = 10_000.0
+    max_positions: int = 4096
+    tie_embeddings: bool = True
+    tokenizer: str = "bytes"  # "bytes", or a folder with tokenizer.json; a model folder's own wins when null-pathed
+
+
+@dataclass
+class DataConfig:
+    task: str | None = None  # Python file with train(), evaluation(), reward(), demonstrations(); see README
+    train: str | None = None  # JSONL file with a "prompt" a line, instead of the task's train()
+    evaluation: str | None = None  # JSONL file of held-out prompts
+    demonstrations: str | None = None  # JSONL file of {"prompt", "response"} for the supervised warm-up
+    name: str = "task"  # names the metric eval/<name>/accuracy
+    max_prompt_tokens: int = 1024
+    shuffle: bool = True
+
+
+@dataclass
+class AlgorithmConfig:
+    group_size: int = 8  # samples per prompt (GRPO's G)
+    advantage: str = "grpo"
+    normalize_std: bool = True  # divide group advantages by their standard deviation
+    clip_low: float = 0.2  # ε of the clipped surrogate below 1
+    clip_high: float = 0.2  # and above
+    correction: Correction = Correction.icepop
+    icepop_alpha: float = 0.5  # Ring-1T: keep tokens with α <= p_train/p_infer <= β
+    icepop_beta: float = 5.0
+    tis_cap: float = 2.0
+    normalizer: Normalizer = Normalizer.response
+
+
+@dataclass
+class RolloutConfig:
+    capacity: int = 64  # Ω: rollouts in flight over the whole generation group
+    token_budget: int | None = None  # Φ: new tokens a window generates before it hands over; null = wait for all
+    retention: int = 1  # σ: windows that an unfinished rollout may outlive
+    max_staleness: int = 0  # η: weight versions by which generation may run ahead of training
+    budget_counts: BudgetCounts = BudgetCounts.generated
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    slice_steps: int = 16  # decode steps between two reports to the controller
+
+
+@dataclass
+class GenerationConfig:
+    ranks: int = 1  # replicas
+    max_running: int = 256  # sequences decoded together on one replica
+    block_size: int = 16  # tokens in a KV block
+    kv_tokens: int | None = None  # KV pool of one replica, in tokens; null = what max_running at full length needs
+    prefill_tokens: int = 8192  # prompt tokens in one prefill batch
+    dtype: str = "auto"  # float32 | bfloat16; auto = bfloat16 on CUDA, float32 on CPU
+
+
+@dataclass
+class WarmupConfig:
+    """Supervised steps on demonstrations before RL; 0 = none."""
+
+    steps: int = 0
+    batch_size: int = 64
+    lr: float = 1e-3
+
+
+@dataclass
+class TrainingConfig:
+    ranks: int = 1  # FSDP2 over them when more than 1
+    micro_batch_tokens: int = 8192  # packed tokens of one forward and backward
+    minibatches: int = 1  # optimizer steps per batch
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    schedule: Schedule = Schedule.constant
+    lr_warmup_steps: int = 0
+    dtype: str = "auto"  # of the forward pass; master weights and reductions are float32
+    max_bad_steps: int = 5  # steps in a row with a NaN or infinite gradient before the run stops
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+
+
+@dataclass
+class RewardConfig:
+    ranks: int = 1
+    max_error_share: float = 0.2  # of the rollouts of one step; above it the run stops
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = 0  # optimizer steps between evaluations; 0 = only before and after RL
+    prompts: int = 128  # held-out prompts used (the first ones)
+    temperature: float = 0.0
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0  # optimizer steps; 0 = only at the end
+    keep_last: int = 2
+
+
+@dataclass
+class RuntimeConfig:
+    kind: RuntimeKind = RuntimeKind.ray
+    deadline_seconds: float = 600.0  # every wait on a worker ends by then
+    start_seconds: float = 120.0  # and so does starting a group
+    threads_per_rank: int = 1  # torch threads of one rank on CPU
+    object_store_bytes: int = 268_435_456
+
+
+@dataclass
+class PlacementConfig:
+    kind: PlacementKind = PlacementKind.split
+    spread: bool = False  # put the groups on different nodes where there are several
+
+
+@dataclass
+class TrackingConfig:
+    wandb: WandbMode = WandbMode.auto
+    project: str = "asystem"
+    console: bool = True
+    rollouts: bool = True  # write each trained rollout to rollouts/
+    timeline: bool = True
+    report: bool = True
+
+
+@dataclass
+class Config:
+    recipe: str = "???"
+    recipe_dir: str = "."  # folder of the recipe: relative paths in `data` start here
+    run_dir: str | None = None  # null = runs/<recipe>/<date-time>
+    seed: int = 0
+    steps: int = 10  # optimizer steps of RL
+    device: str = "auto"  # cpu | cuda; auto = cuda when there is one
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def check(self) -> None:
+        """Refuses what cannot work, before anything starts.
+
+        Raises:
+            ConfigError: with the key, its value and the remedy.
+        """
+        raise NotImplementedError
+
+
+__all__ = ["Config", "ConfigError"]
