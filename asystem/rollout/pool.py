@@ -1,0 +1,158 @@
+"""The C3PO++ rollout pool (Ring-1T report, §2.3.3 and Algorithm 1): Ω, σ, and what becomes of each group.
+
+    prompts ──ask──▶ IN FLIGHT ──finish (all G samples)──▶ COMPLETE ──close_window──▶ a batch
+       ▲                │ close_window: age += 1
+       └── asked again ─┴─ age > σ: purged
+
+A group (GRPO's G samples of one prompt) is asked, carried, purged and trained as a whole, so its tokens are never older
+than σ windows. A purged prompt goes back to the head of the queue: no prompt is lost, and none is trained twice.
+
+Example with Ω = 4, G = 2, σ = 1: groups 0 and 1 are in flight. Window 0 ends, group 0 is complete: it trains, group 1
+has age 1 and is carried. Window 1 ends, group 1 still lacks a sample: age 2 > σ, it is purged, and its prompt is asked
+again as group 3.
+
+Liveness: a prompt that was purged `PATIENCE` times is asked alone, and nothing else is asked until it is through. What
+else is in flight drains away, so it ends up with whole windows to itself; `Config.check` holds that a group fits into
+σ + 1 of them. Hence every prompt is trained in the end, however unlucky its lengths.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from asystem.types import FinishedRollout, RolloutRequest
+
+PATIENCE = 2
+
+
+@dataclass(slots=True)
+class Group:
+    """The samples of one prompt, from being asked to being trained."""
+
+    id: int
+    prompt: int
+    rollouts: list[int]
+    replica: int
+    purges: int = 0  # how often this prompt was purged before
+    age: int = 0  # windows it outlived
+    finished: list[FinishedRollout] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.finished) == len(self.rollouts)
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.rollouts) - len(self.finished)
+
+    @property
+    def first_version(self) -> int:
+        """The oldest weights that sampled a token of this group."""
+        return min(rollout.first_version for rollout in self.finished)
+
+
+@dataclass(slots=True)
+class Window:
+    """What one window hands over: complete groups in the order in which they completed, and what to forget."""
+
+    index: int
+    groups: list[Group]
+    purged: dict[int, list[int]]  # replica -> unfinished rollouts that it is to drop
+    carried: int  # unfinished rollouts that go on in the next window
+    num_purged: int  # rollouts of purged groups, finished ones included
+    purged_tokens: int  # tokens of finished rollouts thrown away with their group
+
+
+class Pool:
+    """Decides what to ask of which replica and what a closed window yields.
+
+    Args:
+        prompts: dataset rows; may end, then nothing new is asked and what is in flight is finished.
+        group_size: G. capacity: Ω, rollouts in flight over all replicas. retention: σ.
+        replicas: generation replicas; each takes at most its share of Ω, in whole groups.
+    """
+
+    def __init__(
+        self, prompts: Iterable[int], *, group_size: int, capacity: int, retention: int, replicas: int = 1
+    ) -> None:
+        assert capacity >= group_size >= 1, f"capacity {capacity} below one group of {group_size}"
+        self.group_size, self.capacity, self.retention = group_size, capacity, retention
+        self.share = -(-(capacity // group_size) // replicas) * group_size
+        self.in_flight: dict[int, Group] = {}
+        self.num_in_flight = [0] * replicas
+        self._prompts: Iterator[int] = iter(prompts)
+        self._again: deque[tuple[int, int]] = deque()  # (prompt, purges)
+        self._complete: list[Group] = []
+        self._next_rollout = self._next_group = self._windows = 0
+
+    def ask(self, replica: int) -> list[RolloutRequest]:
+        """New groups for this replica, as far as Ω and its share of it have room."""
+        requests: list[RolloutRequest] = []
+        while (
+            sum(self.num_in_flight) + self.group_size <= self.capacity
+            and self.num_in_flight[replica] + self.group_size <= self.share
+            and (prompt := self._next_prompt()) is not None
+        ):
+            group = self._new_group(*prompt, replica)
+            requests += [RolloutRequest(rollout, group.id, group.prompt) for rollout in group.rollouts]
+        return requests
+
+    def finish(self, rollouts: Iterable[FinishedRollout]) -> None:
+        """Takes finished rollouts; those of a group that was purged meanwhile are ignored."""
+        for rollout in rollouts:
+            group = self.in_flight.get(rollout.group)
+            if group is None:
+                continue
+            group.finished.append(rollout)
+            self.num_in_flight[group.replica] -= 1
+            if group.complete:
+                del self.in_flight[group.id]
+                self._complete.append(group)
+
+    def close_window(self) -> Window:
+        """Hands over the complete groups, ages the others, purges those older than σ and queues their prompts."""
+        for group in self.in_flight.values():
+            group.age += 1
+        purged = [group for group in self.in_flight.values() if group.age > self.retention]
+        window = Window(
+            index=self._windows,
+            groups=self._complete,
+            purged={},
+            carried=sum(group.num_unfinished for group in self.in_flight.values() if group.age <= self.retention),
+            num_purged=sum(len(group.rollouts) for group in purged),
+            purged_tokens=sum(rollout.length for group in purged for rollout in group.finished),
+        )
+        for group in reversed(purged):  # so that the oldest comes out first
+            done = {rollout.rollout for rollout in group.finished}
+            window.purged.setdefault(group.replica, []).extend(r for r in group.rollouts if r not in done)
+            self.num_in_flight[group.replica] -= group.num_unfinished
+            del self.in_flight[group.id]
+            self._again.appendleft((group.prompt, group.purges + 1))
+        self._complete = []
+        self._windows += 1
+        return window
+
+    def _next_prompt(self) -> tuple[int, int] | None:
+        """The prompt to ask next and how often it was purged; None while a starving prompt is to be left alone."""
+        if any(group.purges >= PATIENCE for group in self.in_flight.values()):
+            return None
+        for index, (_, purges) in enumerate(self._again):
+            if purges >= PATIENCE:
+                prompt = self._again[index]
+                del self._again[index]
+                return prompt
+        if self._again:
+            return self._again.popleft()
+        prompt_row = next(self._prompts, None)
+        return None if prompt_row is None else (prompt_row, 0)
+
+    def _new_group(self, prompt: int, purges: int, replica: int) -> Group:
+        rollouts = list(range(self._next_rollout, self._next_rollout + self.group_size))
+        group = Group(self._next_group, prompt, rollouts, replica, purges)
+        self._next_rollout += self.group_size
+        self._next_group += 1
+        self.in_flight[group.id] = group
+        self.num_in_flight[replica] += self.group_size
+        return group

@@ -1,0 +1,213 @@
+"""Property tests of C3PO++: a toy generation group that decodes one token of each rollout a step."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asystem.rollout import Group, Pool, PromptOrder, TokenBudget
+from asystem.types import Finish, FinishedRollout, Ref, RolloutRequest
+
+
+class ToyReplica:
+    """Decodes like the engine: one token a step for each rollout; lengths are drawn anew whenever a prompt is asked."""
+
+    def __init__(self, lengths: random.Random, longest: int) -> None:
+        self.lengths, self.longest = lengths, longest
+        self.running: dict[int, tuple[RolloutRequest, int, list[int]]] = {}
+
+    def submit(self, requests: list[RolloutRequest]) -> None:
+        for request in requests:
+            self.running[request.rollout] = (request, self.lengths.randint(1, self.longest), [])
+
+    def decode(
+        self, lease: int | None, max_steps: int, version: int, by_completion: bool
+    ) -> tuple[list[FinishedRollout], int, int]:
+        finished: list[FinishedRollout] = []
+        spent = last = 0
+        for _ in range(max_steps):
+            if not self.running or (lease is not None and spent >= lease):
+                break
+            last = 0
+            for rollout, (request, length, versions) in list(self.running.items()):
+                versions.append(version)
+                done = len(versions) == length
+                last += (length if done else 0) if by_completion else 1
+                if done:
+                    del self.running[rollout]
+                    finished.append(
+                        FinishedRollout(
+                            rollout,
+                            request.group,
+                            request.prompt,
+                            1,
+                            length,
+                            versions[0],
+                            version,
+                            Finish.STOP,
+                            Ref(None),
+                            0,
+                        )
+                    )
+            spent += last
+        return finished, spent, last
+
+
+def window(
+    pool: Pool, replicas: list[ToyReplica], tokens: int | None, version: int, by_completion: bool, slice_steps: int
+) -> tuple[TokenBudget, int]:
+    """One window over all replicas in turn, as the controller drives it; returns the budget and its last steps."""
+    budget = TokenBudget(tokens)
+    for index, replica in enumerate(replicas):
+        replica.submit(pool.ask(index))
+    last = [0] * len(replicas)
+    while not budget.exhausted and any(replica.running for replica in replicas):
+        busy = [(index, replica) for index, replica in enumerate(replicas) if replica.running]
+        leases = [budget.lease(len(replicas)) for _ in busy]  # all out at once: the worst case
+        for (index, replica), lease in zip(busy, leases, strict=True):
+            if lease == 0:
+                continue
+            finished, spent, step = replica.decode(lease, slice_steps, version, by_completion)
+            last[index] = step
+            budget.settle(lease, spent)
+            pool.finish(finished)
+            if tokens is not None:
+                replica.submit(pool.ask(index))
+    return budget, sum(last)
+
+
+settings_of_a_run = dict(
+    group_size=st.integers(1, 4),
+    groups=st.integers(1, 5),
+    retention=st.integers(0, 4),
+    eta=st.integers(0, 3),
+    longest=st.integers(1, 30),
+    slack=st.integers(0, 40),
+    replicas=st.integers(1, 3),
+    slice_steps=st.integers(1, 7),
+    by_completion=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(**settings_of_a_run)
+def test_a_run_loses_nothing_and_keeps_its_bounds(
+    group_size: int,
+    groups: int,
+    retention: int,
+    eta: int,
+    longest: int,
+    slack: int,
+    replicas: int,
+    slice_steps: int,
+    by_completion: bool,
+    seed: int,
+) -> None:
+    prompts = 12
+    tokens = -(-group_size * longest // (retention + 1)) + slack  # the least that Config.check admits, and more
+    pool = Pool(
+        PromptOrder(prompts, seed=seed, epochs=1),
+        group_size=group_size,
+        capacity=group_size * groups,
+        retention=retention,
+        replicas=replicas,
+    )
+    rng = random.Random(seed)
+    toys = [ToyReplica(rng, longest) for _ in range(replicas)]
+    version = 0
+    waiting: deque[list[Group]] = deque()
+    trained: Counter[int] = Counter()
+    purged_rollouts: set[int] = set()
+    for _ in range(5_000):
+        budget, last_step = window(pool, toys, tokens, version, by_completion, slice_steps)
+        assert budget.spent - last_step < tokens, "overshot by a whole decode step of the group or more"
+        closed = pool.close_window()
+        for index, rollouts in closed.purged.items():
+            for rollout in rollouts:
+                purged_rollouts.add(rollout)
+                del toys[index].running[rollout]
+        assert all(group.age <= retention for group in pool.in_flight.values())
+        assert sum(pool.num_in_flight) == sum(len(toy.running) for toy in toys) == closed.carried <= pool.capacity
+        if closed.groups:
+            waiting.append(closed.groups)
+        while len(waiting) > eta or (waiting and not pool.in_flight and not closed.groups):  # train as late as η allows
+            for group in waiting.popleft():
+                assert group.complete
+                assert version - group.first_version <= retention + eta
+                assert not purged_rollouts & set(group.rollouts)
+                trained[group.prompt] += 1
+            version += 1
+        if not pool.in_flight and not waiting and sum(trained.values()) == prompts:
+            break
+    assert trained == Counter(range(prompts)), "a prompt was lost or trained twice"
+
+
+def test_wait_for_all_is_one_window_of_whole_groups() -> None:
+    pool = Pool(PromptOrder(8, seed=0, shuffle=False), group_size=2, capacity=4, retention=0)
+    budget, _ = window(pool, [ToyReplica(random.Random(0), 9)], None, 0, False, 3)
+    closed = pool.close_window()
+    assert not budget.exhausted
+    assert sorted(group.prompt for group in closed.groups) == [0, 1]
+    assert closed.carried == closed.num_purged == 0
+
+
+def finished(request: RolloutRequest) -> FinishedRollout:
+    return FinishedRollout(request.rollout, request.group, request.prompt, 1, 5, 0, 0, Finish.STOP, Ref(None), 0)
+
+
+def test_a_group_older_than_sigma_is_purged_and_asked_first() -> None:
+    pool = Pool(PromptOrder(10, seed=0, shuffle=False), group_size=2, capacity=4, retention=1)
+    first, second, third, fourth = pool.ask(0)
+    pool.finish([finished(first), finished(second), finished(third)])
+    assert pool.close_window().carried == 1
+    assert [request.prompt for request in pool.ask(0)] == [2, 2]  # Ω = 4: one straggler leaves room for one group
+    closed = pool.close_window()
+    assert (closed.purged, closed.num_purged, closed.purged_tokens) == ({0: [fourth.rollout]}, 2, 5)
+    again = pool.ask(0)
+    assert [request.prompt for request in again] == [1, 1]
+    assert {request.rollout for request in again}.isdisjoint({third.rollout, fourth.rollout})
+
+
+def test_late_finishers_of_a_purged_group_are_ignored() -> None:
+    pool = Pool(PromptOrder(2, seed=0), group_size=1, capacity=1, retention=0)
+    (request,) = pool.ask(0)
+    pool.close_window()
+    pool.finish([finished(request)])
+    assert pool.close_window().groups == []
+    assert pool.num_in_flight == [0]
+
+
+def test_a_starving_prompt_is_asked_alone() -> None:
+    pool = Pool(PromptOrder(10, seed=0, shuffle=False), group_size=1, capacity=4, retention=0)
+    for _ in range(2):
+        pool.ask(0)
+        pool.close_window()
+    assert [request.prompt for request in pool.ask(0)] == [0]
+    assert pool.ask(0) == []
+    pool.finish([finished(RolloutRequest(8, 8, 0))])
+    assert [request.prompt for request in pool.ask(0)] == [1]
+
+
+@pytest.mark.parametrize(("spent", "expected"), [(10, 30), (52, 16), (100, 0), (105, 0)])
+def test_leases_share_what_is_left(spent: int, expected: int) -> None:
+    budget = TokenBudget(100)
+    budget.settle(None, spent)
+    leases = [budget.lease(3) for _ in range(20)]
+    assert leases[0] == expected
+    assert spent + sum(lease or 0 for lease in leases) == max(100, spent)
+
+
+def test_prompt_order_visits_each_row_once_an_epoch_and_repeats_by_seed() -> None:
+    order = PromptOrder(5, seed=3)
+    rows = [next(order) for _ in range(15)]
+    assert [sorted(rows[i : i + 5]) for i in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
+    assert rows[:5] != rows[5:10]
+    again = PromptOrder(5, seed=3)
+    again.position = 7
+    assert next(again) == rows[7]
+    assert list(PromptOrder(3, seed=0, shuffle=False, epochs=2)) == [0, 1, 2, 0, 1, 2]
