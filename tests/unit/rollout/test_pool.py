@@ -80,18 +80,18 @@ def window(
     return budget, sum(last)
 
 
-settings_of_a_run = dict(
-    group_size=st.integers(1, 4),
-    groups=st.integers(1, 5),
-    retention=st.integers(0, 4),
-    eta=st.integers(0, 3),
-    longest=st.integers(1, 30),
-    slack=st.integers(0, 40),
-    replicas=st.integers(1, 3),
-    slice_steps=st.integers(1, 7),
-    by_completion=st.booleans(),
-    seed=st.integers(0, 10_000),
-)
+settings_of_a_run = {
+    "group_size": st.integers(1, 4),
+    "groups": st.integers(1, 5),
+    "retention": st.integers(0, 4),
+    "eta": st.integers(0, 3),
+    "longest": st.integers(1, 30),
+    "slack": st.integers(0, 40),
+    "replicas": st.integers(1, 3),
+    "slice_steps": st.integers(1, 7),
+    "by_completion": st.booleans(),
+    "seed": st.integers(0, 10_000),
+}
 
 
 @settings(max_examples=150, deadline=None)
