@@ -1,0 +1,308 @@
+"""The native generation engine: continuous batching over a paged KV cache, for rollouts of reinforcement learning.
+
+One loop (`Engine.decode`): admit and prefill what fits, else draw one token for each running sequence. It stops after
+any step, so that a token budget cuts rollouts wherever they stand; they stay here, or are exported, and continue
+exactly there. `scheduler` decides, `runner` computes, `rows` is the state between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from asystem.config import BudgetCounts, GenerationConfig
+from asystem.errors import ConfigError, DataError, MemoryError_
+from asystem.generation.blocks import BlockPool
+from asystem.generation.kv_cache import KVCache
+from asystem.generation.rows import FINISH, RUNNING, Rows
+from asystem.generation.runner import EagerRunner, Runner, StepContext
+from asystem.generation.scheduler import Scheduler
+from asystem.generation.sequence import EngineRequest, Sequence, State, Unfinished
+from asystem.models.decoder import Decoder
+from asystem.types import Finish, Trajectory
+
+
+@dataclass(slots=True)
+class Decoded:
+    """What one call of `Engine.decode` did.
+
+    Attributes:
+        finished: rollouts that ended. generated: new response tokens, the first one after a prefill included.
+        completed: tokens of the finished responses, whichever call drew them. steps: decode steps.
+    """
+
+    finished: list[Trajectory] = field(default_factory=list)
+    generated: int = 0
+    completed: int = 0
+    steps: int = 0
+
+
+class Engine:
+    """Generates rollouts with a model whose parameters somebody else may change between two calls.
+
+    Args:
+        model: in its final dtype, on its device.
+        stop_ids: tokens that end a response, unless its request ignores them; the token itself is kept.
+        seed: of all sampling; equal seeds draw equal tokens for equal rollout numbers.
+        max_length: prompt and response tokens of the longest sequence.
+        device: default is the model's.
+
+    Raises:
+        MemoryError_: the KV pool does not hold one sequence of `max_length`.
+        ConfigError: a stop token beyond the vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        config: GenerationConfig,
+        *,
+        stop_ids: Collection[int],
+        seed: int,
+        max_length: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        spec, weight = model.spec, next(model.parameters())
+        self.model, self.config, self.max_length, self.vocab_size = model, config, max_length, spec.vocab_size
+        self.device = torch.device(device) if device is not None else weight.device
+        beyond = [token for token in stop_ids if not 0 <= token < spec.vocab_size]
+        if beyond:
+            raise ConfigError(f"stop tokens {beyond} are beyond the model's vocabulary of {spec.vocab_size}")
+        self.version = 0
+        pool = BlockPool(_num_blocks(config, max_length), config.block_size)
+        self.cache = KVCache(
+            spec.num_layers, pool.num_blocks, spec.num_kv_heads, config.block_size, spec.head_dim,
+            weight.dtype, self.device,
+        )  # fmt: skip
+        self.rows = Rows(
+            config.max_running, max_length, pool.blocks_for(max_length), spec.vocab_size, seed, self.device
+        )
+        self.scheduler = Scheduler(pool, config.max_running, config.prefill_tokens)
+        self.runner: Runner = EagerRunner(model, self.cache, self.rows, stop_ids)
+        self._arrivals = 0
+        self._truncated = False  # some running sequence samples with top-k or top-p
+
+    # --- rollouts in and out -------------------------------------------------------------------------------------
+
+    def submit(self, requests: Iterable[EngineRequest]) -> None:
+        """Queues rollouts. The samples of one group share their prompt's KV; adjacent, its computation too.
+
+        Raises:
+            DataError: an empty prompt, or a token beyond the vocabulary.
+            ConfigError: a prompt and response longer than `max_length`, or no token to generate.
+        """
+        for request in requests:
+            self._check(request)
+            self._enqueue(Sequence(request, self._arrivals))
+
+    def restore(self, unfinished: Iterable[Unfinished]) -> None:
+        """Takes over rollouts that were exported, from this engine or another: they continue where they stood."""
+        for u in unfinished:
+            self._check(u.request)
+            self._enqueue(
+                Sequence(u.request, self._arrivals, tokens=u.tokens, logprobs=u.logprobs, versions=u.versions)
+            )
+
+    def export(self, rollouts: Collection[int] | None = None) -> list[Unfinished]:
+        """Takes unfinished rollouts (default: all) out of the engine, in the order of their arrival."""
+        return [sequence.unfinished() for sequence in self._take(rollouts)]
+
+    def drop(self, rollouts: Collection[int]) -> list[int]:
+        """Forgets these rollouts and frees their blocks; returns those that were unfinished here."""
+        return [sequence.request.rollout for sequence in self._take(rollouts)]
+
+    @property
+    def num_unfinished(self) -> int:
+        """Rollouts that are running, waiting or paused."""
+        scheduler = self.scheduler
+        return len(scheduler.waiting) + len(scheduler.running) + len(scheduler.paused)
+
+    def pause(self) -> None:
+        """Sets all unfinished rollouts aside with their KV. What is submitted from now on (evaluation) runs."""
+        self._leave(range(len(self.scheduler.running)), State.PAUSED)
+        for sequence in self.scheduler.waiting:
+            sequence.state = State.PAUSED
+        self.scheduler.paused += self.scheduler.waiting
+        self.scheduler.waiting = []
+
+    def resume(self) -> None:
+        """Lets the paused rollouts go on where they stood."""
+        paused, self.scheduler.paused = self.scheduler.paused, []
+        for sequence in paused:
+            self.scheduler.add(sequence)
+
+    def weights_updated(self, version: int) -> None:
+        """The model's parameters were changed in place: later tokens are stamped with `version`.
+
+        The KV of unfinished rollouts is kept, so their next tokens attend to keys and values of older weights, as in
+        PipelineRL (Piché et al. 2025); prompts that start later are computed with the new weights.
+        """
+        self.version = version
+        self.scheduler.forget_prompts()
+
+    def plan(self) -> dict[str, int]:
+        """Bytes held: the model's weights, the KV pool, and the state of the running batch."""
+        weights = sum({p.data_ptr(): p.nbytes for p in self.model.parameters()}.values())
+        return {"weights": weights, "kv": self.cache.num_bytes, "rows": self.rows.num_bytes}
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        *,
+        max_tokens: int | None = None,
+        counts: BudgetCounts = BudgetCounts.generated,
+        max_steps: int | None = None,
+    ) -> Decoded:
+        """Generates until nothing is left to do, or a budget is spent, whichever comes first.
+
+        Args:
+            max_tokens: stop after the step (a prefill or a decode step) in which this many tokens were counted; it is
+                overshot by less than one token a running sequence, or by less than one response by `completed`.
+            counts: what counts: new tokens, or the whole responses that end (`BudgetCounts`).
+            max_steps: decode steps at most.
+        """
+        done = Decoded()
+        while True:
+            left = None if max_tokens is None else max_tokens - (
+                done.generated if counts is BudgetCounts.generated else done.completed
+            )
+            steps_left = None if max_steps is None else max_steps - done.steps
+            if (left is not None and left <= 0) or (steps_left is not None and steps_left <= 0):
+                return done
+            if not self._admit(done):
+                if not self.scheduler.running:
+                    return done
+                self._step(done, self._steps_ahead(left, counts, steps_left))
+
+    def _steps_ahead(self, tokens_left: int | None, counts: BudgetCounts, steps_left: int | None) -> int:
+        """Decode steps that can be made unseen: the budget must not be reached before the last of them."""
+        bounds = [self.runner.run_ahead]
+        if steps_left is not None:
+            bounds.append(steps_left)
+        if tokens_left is not None:
+            num_running = len(self.scheduler.running)
+            bounds.append(-(-tokens_left // num_running) if counts is BudgetCounts.generated else 1)
+        return min(bounds)
+
+    def _admit(self, done: Decoded) -> bool:
+        """Lets waiting sequences join and computes their prompts; False where none can."""
+        admission, first = self.scheduler.admit(), len(self.scheduler.running)
+        sequences = admission.sequences
+        if not sequences:
+            return False
+        first -= len(sequences)
+        self.rows.join(first, sequences)
+        self._look_at_params()
+        if admission.prefills:
+            self.runner.prefill(admission.prefills, self._context(steps=1))
+            self._collect(done, first + len(admission.rejoined))
+        return True
+
+    def _step(self, done: Decoded, steps: int) -> None:
+        growth = self.scheduler.reserve(steps)
+        if growth.rows:
+            self.rows.extend_tables(growth.rows, growth.places, growth.blocks)
+        self._leave(growth.preempted, State.WAITING)
+        self.runner.decode(steps, self._context(steps))
+        done.steps += steps
+        self._collect(done, 0)
+
+    def _context(self, steps: int) -> StepContext:
+        num_rows = len(self.scheduler.running)
+        longest = int(self.scheduler.lengths[:num_rows].max()) + steps - 1
+        return StepContext(num_rows, min(longest, self.max_length), self._truncated, self.version)
+
+    def _collect(self, done: Decoded, first: int) -> None:
+        """Looks at what rows from `first` on have drawn, and takes out those that ended."""
+        running, lengths = self.scheduler.running, self.scheduler.lengths
+        drawn, ended = self.rows.progress(first, len(running))
+        prompts = self.scheduler.prompt_lengths[first : len(running)]
+        new_lengths = prompts + drawn
+        done.generated += int((new_lengths - lengths[first : len(running)]).sum())
+        lengths[first : len(running)] = new_lengths
+        rows = (np.flatnonzero(ended != RUNNING) + first).tolist()
+        finishes = [FINISH[int(ended[row - first])] for row in rows]
+        sequences = self._leave(rows, State.FINISHED)
+        for sequence, finish in zip(sequences, finishes, strict=True):
+            self.scheduler.free(sequence)
+            done.finished.append(sequence.trajectory(finish))
+            done.completed += len(sequence.tokens)
+
+    # --- bookkeeping ---------------------------------------------------------------------------------------------
+
+    def _check(self, request: EngineRequest) -> None:
+        tokens, new = request.prompt_tokens, request.params.max_new_tokens
+        if len(tokens) == 0:
+            raise DataError(f"prompt {request.prompt} is empty: a rollout needs at least one prompt token")
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise DataError(
+                f"prompt {request.prompt} has token {int(max(tokens.max(), -tokens.min()))}, beyond the model's "
+                f"vocabulary of {self.vocab_size}: does the tokenizer belong to the model?"
+            )
+        if new < 1:
+            raise ConfigError(f"max_new_tokens is {new}: a rollout generates at least 1 token")
+        if len(tokens) + new > self.max_length:
+            raise ConfigError(
+                f"prompt {request.prompt} of {len(tokens)} tokens and {new} new ones exceed the engine's "
+                f"max_length of {self.max_length}: shorten data.max_prompt_tokens or rollout.max_new_tokens"
+            )
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        self._arrivals += 1
+        self.scheduler.add(sequence)
+
+    def _take(self, rollouts: Collection[int] | None) -> list[Sequence]:
+        """Removes unfinished sequences, whatever their state, with their responses on the host."""
+        wanted = None if rollouts is None else set(rollouts)
+        chosen = [s for s in self.scheduler.unfinished if wanted is None or s.request.rollout in wanted]
+        picked = set(map(id, chosen))
+        self._leave([row for row, s in enumerate(self.scheduler.running) if id(s) in picked], State.FINISHED)
+        self.scheduler.remove(chosen)
+        return chosen
+
+    def _leave(self, rows: Iterable[int], state: State) -> list[Sequence]:
+        """Takes rows out of the running batch, their responses copied to the host, and files them under `state`."""
+        chosen = list(rows)
+        if not chosen:
+            return []
+        sequences = [self.scheduler.running[row] for row in chosen]
+        for sequence, response in zip(sequences, self.rows.responses(chosen), strict=True):
+            sequence.tokens, sequence.logprobs, sequence.versions = response
+            sequence.state = state
+        moves = self.scheduler.leave(chosen)
+        if moves:
+            self.rows.move(moves)
+        for sequence in sequences:
+            if state is State.WAITING:
+                self.scheduler.add(sequence)
+            elif state is State.PAUSED:
+                self.scheduler.paused.append(sequence)
+        self._look_at_params()
+        return sequences
+
+    def _look_at_params(self) -> None:
+        params = (sequence.request.params for sequence in self.scheduler.running)
+        self._truncated = any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params)
+
+
+def _num_blocks(config: GenerationConfig, max_length: int) -> int:
+    """Blocks of the KV pool.
+
+    Raises:
+        MemoryError_: they do not hold one sequence.
+    """
+    needed = -(-max_length // config.block_size)
+    if config.kv_tokens is None:
+        return config.max_running * needed
+    blocks = config.kv_tokens // config.block_size
+    if blocks < needed:
+        raise MemoryError_(
+            f"generation.kv_tokens={config.kv_tokens} holds {blocks} blocks of {config.block_size} tokens, but one "
+            f"sequence of {max_length} tokens needs {needed}: set it to at least {needed * config.block_size}"
+        )
+    return blocks

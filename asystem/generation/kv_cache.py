@@ -1,0 +1,163 @@
+"""The paged KV cache and attention over it, in plain PyTorch: what runs on a CPU, and the oracle of the GPU kernels.
+
+A sequence's keys and values lie in blocks of `block_size` tokens anywhere in the pool; its block table lists them in
+order of position. `PrefillAttention` and `DecodeAttention` are the `attend` that `models.decoder.Decoder` calls in
+each layer: they write the new keys and values into the cache, then attend over it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class KVCache:
+    """Keys and values of all layers: `data` is [layers, 2, blocks, kv heads, block_size, head_dim]."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        num_kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
+        # Zeros, not empty: a masked position's value is multiplied by 0, and 0 times a stray NaN is NaN.
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_kv_heads, self.block_size, self.head_dim = num_kv_heads, block_size, head_dim
+        self._heads = torch.arange(num_kv_heads, device=device)
+        self._tokens = self.data.view(num_layers, 2, -1, head_dim)  # one row a (block, head, offset)
+        self._chunks = self.data.view(num_layers, 2, -1, block_size * head_dim)  # one row a (block, head)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.nbytes
+
+    def token_rows(self, blocks: Tensor, offsets: Tensor) -> Tensor:
+        """Where tokens at [T] `offsets` of [T] `blocks` are written: [T * kv heads]."""
+        rows = (blocks[:, None] * self.num_kv_heads + self._heads) * self.block_size + offsets[:, None]
+        return rows.flatten()
+
+    def chunk_rows(self, table: Tensor) -> Tensor:
+        """Where the blocks of a [B, M] table are read: [B * kv heads * M]."""
+        return (table[:, None, :] * self.num_kv_heads + self._heads[:, None]).flatten()
+
+    def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores k, v [T, kv heads, head_dim] at `token_rows`."""
+        keys, values = self._tokens[layer]
+        keys.index_copy_(0, rows, k.reshape(-1, self.head_dim))
+        values.index_copy_(0, rows, v.reshape(-1, self.head_dim))
+
+    def read(self, layer: int, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of `chunk_rows`, each [batch, kv heads, M * block_size, head_dim]."""
+        keys, values = self._chunks[layer]
+        shape = (batch, self.num_kv_heads, -1, self.head_dim)
+        return keys.index_select(0, rows).view(shape), values.index_select(0, rows).view(shape)
+
+    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """Copies whole blocks in all layers: the partly filled last block of a prompt, for each sample of a group."""
+        source, destination = (torch.tensor(x, device=self.data.device) for x in (sources, destinations))
+        self.data[:, :, destination] = self.data[:, :, source]
+
+
+class DecodeAttention:
+    """One new token a sequence. Everything that depends only on positions is worked out once for all layers.
+
+    Args:
+        table: [B, M] int64, blocks of each sequence, M enough for the longest; entries beyond a sequence's end are
+            any valid block. position: [B] int64, of the new token.
+    """
+
+    def __init__(self, cache: KVCache, table: Tensor, position: Tensor) -> None:
+        self.cache = cache
+        index = torch.div(position, cache.block_size, rounding_mode="floor")
+        block = table.gather(1, index[:, None])[:, 0]
+        self._write_rows = cache.token_rows(block, position - index * cache.block_size)
+        self._read_rows = cache.chunk_rows(table)
+        places = torch.arange(table.shape[1] * cache.block_size, device=table.device)
+        mask = torch.zeros(len(position), len(places), dtype=cache.data.dtype, device=table.device)
+        self._mask = mask.masked_fill_(places > position[:, None], -torch.inf)[:, None, None, :]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, query heads, d], k and v [B, kv heads, d] to [B, query heads, d]."""
+        cache = self.cache
+        cache.write(layer, self._write_rows, k, v)
+        keys, values = cache.read(layer, self._read_rows, len(q))
+        # The query heads that share a KV head stand where a prefill has its query positions: no KV is repeated.
+        grouped = q.reshape(len(q), cache.num_kv_heads, -1, cache.head_dim)
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask)
+        return out.reshape(q.shape)
+
+
+class PrefillAttention:
+    """Several prompts packed one after another, each attending to itself and to what the cache has before it.
+
+    Args:
+        blocks: blocks of each sequence, its context included.
+        contexts: tokens of each sequence that are in the cache already.
+        lengths: tokens of each sequence in the packed batch, T in all.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        blocks: Sequence[Sequence[int]],
+        contexts: Sequence[int],
+        lengths: Sequence[int],
+    ) -> None:
+        self.cache, device = cache, cache.data.device
+        self.lengths = list(lengths)
+        places = [_places(b, c, n, cache.block_size) for b, c, n in zip(blocks, contexts, lengths, strict=True)]
+        block, offset = (torch.from_numpy(np.concatenate(x)).to(device) for x in zip(*places, strict=True))
+        self._write_rows = cache.token_rows(block, offset)
+        self._contexts = [
+            _Context(cache, used, context, length) if context else None
+            for used, context, length in zip(blocks, contexts, lengths, strict=True)
+        ]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, query heads, d], k and v [T, kv heads, d] to [T, query heads, d]."""
+        # All writes come before any read: a context may be another sequence's prompt of this same batch.
+        self.cache.write(layer, self._write_rows, k, v)
+        queries, keys, values = (x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v))
+        parts = []
+        for query, key, value, context in zip(queries, keys, values, self._contexts, strict=True):
+            mask = None
+            if context is not None:
+                key, value, mask = context.read(layer)
+            parts.append(
+                scaled_dot_product_attention(
+                    query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+                )[0]
+            )
+        return torch.cat(parts, dim=1).transpose(0, 1)
+
+
+class _Context:
+    """Reads one sequence's context and new tokens back from the cache, with the mask of its new tokens."""
+
+    def __init__(self, cache: KVCache, blocks: Sequence[int], context: int, length: int) -> None:
+        self.cache, self.total, device = cache, context + length, cache.data.device
+        self.rows = cache.chunk_rows(torch.tensor([blocks], device=device))
+        places = torch.arange(self.total, device=device)
+        self.mask = places <= places[context:, None]  # [length, total]
+
+    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        keys, values = self.cache.read(layer, self.rows, 1)
+        return keys[0, :, : self.total], values[0, :, : self.total], self.mask
+
+
+def _places(
+    blocks: Sequence[int], context: int, length: int, block_size: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Block and offset of `length` tokens after `context`."""
+    positions = np.arange(context, context + length)
+    return np.asarray(blocks, np.int64)[positions // block_size], positions % block_size

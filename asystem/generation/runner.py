@@ -1,0 +1,98 @@
+"""What computes: the model over the KV cache, then the sampler, on the rows of the running batch.
+
+`Runner` is the seam between deciding (scheduler, engine) and computing. `EagerRunner` is plain PyTorch on any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asystem.generation.kv_cache import DecodeAttention, KVCache, PrefillAttention
+from asystem.generation.rows import Rows
+from asystem.generation.sampler import sample, uniform
+from asystem.generation.scheduler import Prefill
+from asystem.models.decoder import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What the host knows of the running batch.
+
+    Attributes:
+        num_rows: rows in use.
+        longest: tokens of the longest sequence after the last of the steps asked for.
+        truncated: some row samples with top-k or top-p.
+        version: stamped on each token.
+    """
+
+    num_rows: int
+    longest: int
+    truncated: bool
+    version: int
+
+
+class Runner(Protocol):
+    """Computes prefills and decode steps.
+
+    Attributes:
+        run_ahead: decode steps that `decode` may be asked for in one call. More than 1 needs a runner whose rows stand
+            still once they are done; blocks for all the steps are in the tables before the call.
+    """
+
+    run_ahead: int
+
+    def prefill(self, prefills: Sequence[Prefill], context: StepContext) -> None:
+        """Computes prompts, and draws the next token of their sequences, which hold the last rows in this order."""
+        ...
+
+    def decode(self, steps: int, context: StepContext) -> None:
+        """Draws `steps` tokens for each row."""
+        ...
+
+
+class EagerRunner:
+    """Plain PyTorch, one step a call."""
+
+    run_ahead = 1
+
+    def __init__(self, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int]) -> None:
+        self.model, self.cache, self.rows = model, cache, rows
+        self._stops = torch.zeros(rows.vocab_size, dtype=torch.bool, device=rows.device)
+        self._stops[list(stop_ids)] = True
+
+    def prefill(self, prefills: Sequence[Prefill], context: StepContext) -> None:
+        device = self.rows.device
+        lengths = [len(p.tokens) for p in prefills]
+        tokens = torch.from_numpy(np.concatenate([p.tokens for p in prefills]).astype(np.int64)).to(device)
+        spans = [np.arange(p.context, p.context + n) for p, n in zip(prefills, lengths, strict=True)]
+        positions = torch.from_numpy(np.concatenate(spans)).to(device)
+        attend = PrefillAttention(self.cache, [p.blocks for p in prefills], [p.context for p in prefills], lengths)
+        hidden = self.model(tokens, positions, attend)
+        # Each sequence of a prefill draws from the logits of the one last token.
+        last = np.repeat(np.cumsum(lengths) - 1, [len(p.sequences) for p in prefills])
+        logits = self.model.logits(hidden[torch.from_numpy(last).to(device)])
+        sources = [source for p in prefills for source, _ in p.copies]
+        if sources:
+            self.cache.copy_blocks(sources, [destination for p in prefills for _, destination in p.copies])
+        self._draw(slice(context.num_rows - len(last), context.num_rows), logits, context)
+
+    def decode(self, steps: int, context: StepContext) -> None:
+        assert steps == 1, f"the eager runner makes 1 step a call, not {steps}"
+        rows, used = self.rows, slice(0, context.num_rows)
+        num_blocks = -(-context.longest // self.cache.block_size)
+        attend = DecodeAttention(self.cache, rows.table[used, :num_blocks], rows.position[used])
+        hidden = self.model(rows.last_token[used], rows.position[used], attend)
+        self._draw(used, self.model.logits(hidden), context)
+
+    def _draw(self, used: slice, logits: Tensor, context: StepContext) -> None:
+        rows = self.rows
+        u = uniform(rows.key[used], rows.drawn[used])
+        truncation = (rows.top_k[used], rows.top_p[used]) if context.truncated else None
+        tokens, logprobs = sample(logits, rows.temperature[used], u, truncation)
+        rows.record(used, tokens, logprobs, self._stops, context.version)

@@ -1,0 +1,110 @@
+"""A rollout as the engine sees it: what was asked, what was drawn so far, and where it stands.
+
+    WAITING ──admit──> RUNNING ──stop or length──> FINISHED
+       ^  ^               │ │
+       │  └──preempt──────┘ └──pause──> PAUSED ──resume──┐
+       └─────────────────────────────────────────────────┘
+
+A sequence that keeps its KV blocks while it waits (after a resume) joins without a prefill; one without blocks is
+prefilled over its prompt and all it has generated, so that nothing is lost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from asystem.types import Finish, SamplingParams, Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sample of one prompt, with its tokens. `prompt` is the dataset row; `prompt_tokens` is [P] int32."""
+
+    rollout: int
+    group: int
+    prompt: int
+    prompt_tokens: npt.NDArray[np.int32]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A rollout taken out of an engine, to be continued in another one. The arrays are [T], its response so far."""
+
+    request: EngineRequest
+    tokens: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]
+    versions: npt.NDArray[np.int32]
+
+
+class State(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    FINISHED = "finished"
+
+
+def _empty_int() -> npt.NDArray[np.int32]:
+    return np.empty(0, np.int32)
+
+
+def _empty_float() -> npt.NDArray[np.float32]:
+    return np.empty(0, np.float32)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The scheduler's record of a rollout.
+
+    Attributes:
+        order: place in the order of arrival; the newest is preempted first.
+        blocks: its KV blocks in order of position, the first ones maybe shared with its group.
+        tokens, logprobs, versions: [T], the response so far. While RUNNING the truth is in `rows.Rows`.
+    """
+
+    request: EngineRequest
+    order: int
+    state: State = State.WAITING
+    blocks: list[int] = field(default_factory=list)
+    tokens: npt.NDArray[np.int32] = field(default_factory=_empty_int)
+    logprobs: npt.NDArray[np.float32] = field(default_factory=_empty_float)
+    versions: npt.NDArray[np.int32] = field(default_factory=_empty_int)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_tokens)
+
+    @property
+    def length(self) -> int:
+        """Prompt and response tokens (as of the last time that it left the running batch)."""
+        return self.prompt_length + len(self.tokens)
+
+    @property
+    def fresh(self) -> bool:
+        """Nothing was generated yet: its next token comes from the prompt, as for its siblings."""
+        return len(self.tokens) == 0
+
+    def all_tokens(self) -> npt.NDArray[np.int32]:
+        return np.concatenate([self.request.prompt_tokens, self.tokens]) if len(self.tokens) else (
+            self.request.prompt_tokens
+        )
+
+    def unfinished(self) -> Unfinished:
+        return Unfinished(self.request, self.tokens, self.logprobs, self.versions)
+
+    def trajectory(self, finish: Finish) -> Trajectory:
+        request = self.request
+        return Trajectory(
+            rollout=request.rollout,
+            group=request.group,
+            prompt=request.prompt,
+            prompt_tokens=request.prompt_tokens,
+            tokens=self.tokens,
+            logprobs=self.logprobs,
+            versions=self.versions,
+            finish=finish,
+        )
