@@ -1,0 +1,114 @@
+"""Causal attention within packed sequences: the trainer's `Attend`.
+
+On CUDA in half precision it is one variable-length flash kernel. Elsewhere sequences of similar length are gathered
+into padded batches for scaled_dot_product_attention: one call for many short sequences, no quadratic waste for uneven
+ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Sequences share a padded batch while the shortest is at least this share of the longest, or short by few tokens.
+_MIN_FILL = 0.75
+_MAX_PADDING = 8
+
+
+class PackedAttention:
+    """Attends within each of N sequences that lie one after another on the token axis.
+
+    Args:
+        cu_seqlens: [N + 1] int32, where each sequence starts, and the total; on the device of q, k and v.
+        max_seqlen: tokens of the longest sequence, or an upper bound.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
+        self.cu_seqlens = cu_seqlens
+        self.max_seqlen = max_seqlen
+        self._buckets: _Buckets | None = None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [T, Hq, d], k and v [T, Hk, d] -> [T, Hq, d]."""
+        if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return _varlen(q, k, v, self.cu_seqlens, self.max_seqlen)
+        if self._buckets is None:  # one read of cu_seqlens serves all layers
+            self._buckets = _Buckets(self.cu_seqlens.tolist(), q.device)
+        return self._buckets.attend(q, k, v)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 groups heads unasked; later versions want to be asked. (-1, 0): all of the past, none of the future.
+    options = {"enable_gqa": True} if _varlen_has_gqa_option() and q.shape[1] != k.shape[1] else {}
+    out: Tensor = varlen_attn(
+        q, k, v.contiguous(), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **options
+    )
+    return out
+
+
+@cache
+def _varlen_has_gqa_option() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+class _Buckets:
+    """Padded batches of sequences of similar length, as row numbers of the packed axis."""
+
+    def __init__(self, cu_seqlens: Sequence[int], device: torch.device) -> None:
+        self.rows: list[Tensor] = []  # per bucket [n, S]: which packed row stands there; padding repeats the first
+        spans = list(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True))
+        position = torch.empty(cu_seqlens[-1], dtype=torch.int64)
+        offset = 0
+        for bucket in _by_length(spans):
+            starts = torch.tensor([start for start, _ in bucket])
+            lengths = torch.tensor([end - start for start, end in bucket])
+            column = torch.arange(int(lengths.max()))
+            real = column < lengths[:, None]
+            rows = starts[:, None] + column * real
+            position[rows[real]] = offset + real.flatten().nonzero().squeeze(1)
+            offset += real.numel()
+            self.rows.append(rows.to(device))
+        # [T]: where in the concatenated padded batches each packed row's result stands.
+        self.position = position.to(device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Padding stands at the end, so that the causal mask alone keeps it from the real tokens."""
+        if not self.rows:
+            return torch.zeros_like(q)
+        grouped = q.shape[1] != k.shape[1]
+        outs = []
+        for rows in self.rows:
+            qb, kb, vb = (_take(x, rows).transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(qb, kb, vb, is_causal=True, enable_gqa=grouped)
+            outs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs).index_select(0, self.position)
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """x [T, H, d], rows [n, S] -> [n, S, H, d]."""
+    return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:])
+
+
+def _by_length(spans: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Sequences, longest first, cut into buckets that waste little on padding; empty sequences are left out."""
+    buckets: list[list[tuple[int, int]]] = []
+    longest = 0
+    for start, end in sorted(spans, key=lambda span: span[0] - span[1]):
+        length = end - start
+        if length == 0:
+            break
+        if buckets and (length >= _MIN_FILL * longest or longest - length <= _MAX_PADDING):
+            buckets[-1].append((start, end))
+        else:
+            buckets.append([(start, end)])
+            longest = length
+    return buckets
