@@ -10,6 +10,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +33,14 @@ class PackedAttention:
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
-        self._buckets: _Buckets | None = None
+        # On CUDA only float32 needs them, and reading the lengths would wait for the device.
+        self._buckets = None if cu_seqlens.is_cuda else _Buckets(cu_seqlens.tolist(), cu_seqlens.device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, Hk, d] -> [T, Hq, d]."""
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             return _varlen(q, k, v, self.cu_seqlens, self.max_seqlen)
-        if self._buckets is None:  # one read of cu_seqlens serves all layers
+        if self._buckets is None:
             self._buckets = _Buckets(self.cu_seqlens.tolist(), q.device)
         return self._buckets.attend(q, k, v)
 
@@ -46,10 +49,11 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 groups heads unasked; later versions want to be asked. (-1, 0): all of the past, none of the future.
-    options = {"enable_gqa": True} if _varlen_has_gqa_option() and q.shape[1] != k.shape[1] else {}
-    out: Tensor = varlen_attn(
-        q, k, v.contiguous(), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **options
-    )
+    options: dict[str, Any] = {"window_size": (-1, 0)}
+    if q.shape[1] != k.shape[1] and _varlen_has_gqa_option():
+        options["enable_gqa"] = True
+    out = varlen_attn(q, k, v.contiguous(), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    assert isinstance(out, Tensor), "varlen_attn returns a tuple only when auxiliary outputs are asked for"
     return out
 
 
@@ -65,7 +69,7 @@ class _Buckets:
 
     def __init__(self, cu_seqlens: Sequence[int], device: torch.device) -> None:
         self.rows: list[Tensor] = []  # per bucket [n, S]: which packed row stands there; padding repeats the first
-        spans = list(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True))
+        spans = list(pairwise(cu_seqlens))
         position = torch.empty(cu_seqlens[-1], dtype=torch.int64)
         offset = 0
         for bucket in _by_length(spans):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and MLP, each on a normed copy of the residual stream.
 
-    `project` and `finish` are the layer without attention: a decoding engine may compile and capture them apart.
+    `project` and `finish` are the layer without attention: `compile_parts` compiles them, and leaves the attention
+    between them, which reads the layer's number and lengths that change, out of the graphs.
     """
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
@@ -106,6 +107,15 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         q, k, v = self.project(x, cos, sin)
         return self.finish(x, attend(self.index, q, k, v))
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compiles `project` and `finish` with torch.compile's options; all layers share the two graphs.
+
+        Compiling a whole block instead would compile it once for each layer and each longest length, and stop at
+        torch's limit of eight. Call it before ``fully_shard``.
+        """
+        setattr(self, "project", torch.compile(self.project, **options))  # noqa: B010 (mypy: a method)
+        setattr(self, "finish", torch.compile(self.finish, **options))  # noqa: B010
 
 
 class Decoder(nn.Module):
