@@ -22,7 +22,7 @@ from asystem.generation.runner import EagerRunner, Runner, StepContext
 from asystem.generation.scheduler import Scheduler
 from asystem.generation.sequence import EngineRequest, Sequence, State, Unfinished
 from asystem.models.decoder import Decoder
-from asystem.types import Finish, Trajectory
+from asystem.types import Trajectory
 
 
 @dataclass(slots=True)
@@ -144,9 +144,9 @@ class Engine:
         self.scheduler.forget_prompts()
 
     def plan(self) -> dict[str, int]:
-        """Bytes held: the model's weights, the KV pool, and the state of the running batch."""
+        """Bytes held from step to step: the model's weights, the KV pool, and the running batch (workspace)."""
         weights = sum({p.data_ptr(): p.nbytes for p in self.model.parameters()}.values())
-        return {"weights": weights, "kv": self.cache.num_bytes, "rows": self.rows.num_bytes}
+        return {"weights": weights, "kv": self.cache.num_bytes, "workspace": self.rows.num_bytes}
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -167,35 +167,32 @@ class Engine:
             max_steps: decode steps at most.
         """
         done = Decoded()
-        while True:
-            left = None if max_tokens is None else max_tokens - (
-                done.generated if counts is BudgetCounts.generated else done.completed
-            )
-            steps_left = None if max_steps is None else max_steps - done.steps
-            if (left is not None and left <= 0) or (steps_left is not None and steps_left <= 0):
-                return done
-            if not self._admit(done):
-                if not self.scheduler.running:
-                    return done
-                self._step(done, self._steps_ahead(left, counts, steps_left))
+        while (steps := self._steps_allowed(done, max_tokens, counts, max_steps)) > 0:
+            if self._admit(done):
+                continue
+            if not self.scheduler.running:
+                break
+            self._step(done, steps)
+        return done
 
-    def _steps_ahead(self, tokens_left: int | None, counts: BudgetCounts, steps_left: int | None) -> int:
-        """Decode steps that can be made unseen: the budget must not be reached before the last of them."""
+    def _steps_allowed(self, done: Decoded, max_tokens: int | None, counts: BudgetCounts, max_steps: int | None) -> int:
+        """Decode steps that the runner may make unseen: no budget is reached before the last of them."""
         bounds = [self.runner.run_ahead]
-        if steps_left is not None:
-            bounds.append(steps_left)
-        if tokens_left is not None:
-            num_running = len(self.scheduler.running)
-            bounds.append(-(-tokens_left // num_running) if counts is BudgetCounts.generated else 1)
+        if max_steps is not None:
+            bounds.append(max_steps - done.steps)
+        if max_tokens is not None and counts is BudgetCounts.generated:
+            bounds.append(-(-(max_tokens - done.generated) // max(1, len(self.scheduler.running))))
+        elif max_tokens is not None:
+            bounds.append(min(1, max_tokens - done.completed))
         return min(bounds)
 
     def _admit(self, done: Decoded) -> bool:
         """Lets waiting sequences join and computes their prompts; False where none can."""
-        admission, first = self.scheduler.admit(), len(self.scheduler.running)
+        first = len(self.scheduler.running)
+        admission = self.scheduler.admit()
         sequences = admission.sequences
         if not sequences:
             return False
-        first -= len(sequences)
         self.rows.join(first, sequences)
         self._look_at_params()
         if admission.prefills:

@@ -1,4 +1,4 @@
-"""The paged KV cache and attention over it, in plain PyTorch: what runs on a CPU, and the oracle of the GPU kernels.
+"""The paged KV cache and attention over it, in plain PyTorch on any device: the oracle of faster ways.
 
 A sequence's keys and values lie in blocks of `block_size` tokens anywhere in the pool; its block table lists them in
 order of position. `PrefillAttention` and `DecodeAttention` are the `attend` that `models.decoder.Decoder` calls in
@@ -83,7 +83,7 @@ class DecodeAttention:
         self._write_rows = cache.token_rows(block, position - index * cache.block_size)
         self._read_rows = cache.chunk_rows(table)
         places = torch.arange(table.shape[1] * cache.block_size, device=table.device)
-        mask = torch.zeros(len(position), len(places), dtype=cache.data.dtype, device=table.device)
+        mask = torch.zeros(len(position), len(places), device=table.device)
         self._mask = mask.masked_fill_(places > position[:, None], -torch.inf)[:, None, None, :]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -92,9 +92,11 @@ class DecodeAttention:
         cache.write(layer, self._write_rows, k, v)
         keys, values = cache.read(layer, self._read_rows, len(q))
         # The query heads that share a KV head stand where a prefill has its query positions: no KV is repeated.
+        # Plain products: on a CPU scaled_dot_product_attention does not spread one query position over the cores.
         grouped = q.reshape(len(q), cache.num_kv_heads, -1, cache.head_dim)
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=self._mask)
-        return out.reshape(q.shape)
+        scores = (grouped @ keys.transpose(-1, -2)).float()  # [B, kv heads, query heads of one, tokens]
+        weights = scores.mul_(cache.head_dim**-0.5).add_(self._mask).softmax(-1)
+        return (weights.to(values.dtype) @ values).view(q.shape)
 
 
 class PrefillAttention:
@@ -127,7 +129,7 @@ class PrefillAttention:
         """q [T, query heads, d], k and v [T, kv heads, d] to [T, query heads, d]."""
         # All writes come before any read: a context may be another sequence's prompt of this same batch.
         self.cache.write(layer, self._write_rows, k, v)
-        queries, keys, values = (x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v))
+        queries, keys, values = (torch.split(x.transpose(0, 1), self.lengths, dim=1) for x in (q, k, v))
         parts = []
         for query, key, value, context in zip(queries, keys, values, self._contexts, strict=True):
             mask = None

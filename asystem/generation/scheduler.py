@@ -103,9 +103,7 @@ class Scheduler:
             self._room[row] = len(sequence.blocks) * self.pool.block_size
         return admission
 
-    def _place(
-        self, sequence: Sequence, admission: Admission, fresh: dict[int, Prefill], num_running: int
-    ) -> bool:
+    def _place(self, sequence: Sequence, admission: Admission, fresh: dict[int, Prefill], num_running: int) -> bool:
         """Gives a sequence its blocks, alone or beside its siblings; False where it does not fit yet."""
         if sequence.blocks:
             admission.rejoined.append(sequence)
@@ -130,9 +128,7 @@ class Scheduler:
         sibling.sequences.append(sequence)
         return True
 
-    def _place_alone(
-        self, sequence: Sequence, admission: Admission, fresh: dict[int, Prefill], free: int
-    ) -> bool:
+    def _place_alone(self, sequence: Sequence, admission: Admission, fresh: dict[int, Prefill], free: int) -> bool:
         """A prefill of its own, behind those blocks of its group's prompt that are in the cache already."""
         group, length, size = sequence.request.group, sequence.length, self.pool.block_size
         shared = self._prompts.get(group, [])

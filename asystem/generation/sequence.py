@@ -89,9 +89,8 @@ class Sequence:
         return len(self.tokens) == 0
 
     def all_tokens(self) -> npt.NDArray[np.int32]:
-        return np.concatenate([self.request.prompt_tokens, self.tokens]) if len(self.tokens) else (
-            self.request.prompt_tokens
-        )
+        """Prompt and response: what a prefill after preemption computes."""
+        return np.concatenate([self.request.prompt_tokens, self.tokens])
 
     def unfinished(self) -> Unfinished:
         return Unfinished(self.request, self.tokens, self.logprobs, self.versions)
