@@ -44,8 +44,9 @@ class Group:
         return len(self.finished) == len(self.rollouts)
 
     @property
-    def num_unfinished(self) -> int:
-        return len(self.rollouts) - len(self.finished)
+    def unfinished(self) -> list[int]:
+        done = {rollout.rollout for rollout in self.finished}
+        return [rollout for rollout in self.rollouts if rollout not in done]
 
     @property
     def first_version(self) -> int:
@@ -55,14 +56,19 @@ class Group:
 
 @dataclass(slots=True)
 class Window:
-    """What one window hands over: complete groups in the order in which they completed, and what to forget."""
+    """What one window hands over: complete groups in the order in which they completed, and what is given up."""
 
     index: int
     groups: list[Group]
-    purged: dict[int, list[int]]  # replica -> unfinished rollouts that it is to drop
+    purged: list[Group]
     carried: int  # unfinished rollouts that go on in the next window
-    num_purged: int  # rollouts of purged groups, finished ones included
-    purged_tokens: int  # tokens of finished rollouts thrown away with their group
+
+    def to_drop(self) -> dict[int, list[int]]:
+        """Unfinished rollouts that each replica is to forget."""
+        drop: dict[int, list[int]] = {}
+        for group in self.purged:
+            drop.setdefault(group.replica, []).extend(group.unfinished)
+        return drop
 
 
 class Pool:
@@ -72,10 +78,18 @@ class Pool:
         prompts: dataset rows; may end, then nothing new is asked and what is in flight is finished.
         group_size: G. capacity: Ω, rollouts in flight over all replicas. retention: σ.
         replicas: generation replicas; each takes at most its share of Ω, in whole groups.
+        refill: ask for more as rollouts finish (Φ finite); otherwise a window asks for Ω rollouts and no more.
     """
 
     def __init__(
-        self, prompts: Iterable[int], *, group_size: int, capacity: int, retention: int, replicas: int = 1
+        self,
+        prompts: Iterable[int],
+        *,
+        group_size: int,
+        capacity: int,
+        retention: int,
+        replicas: int = 1,
+        refill: bool = True,
     ) -> None:
         assert capacity >= group_size >= 1, f"capacity {capacity} below one group of {group_size}"
         self.group_size, self.capacity, self.retention = group_size, capacity, retention
@@ -85,13 +99,15 @@ class Pool:
         self._prompts: Iterator[int] = iter(prompts)
         self._again: deque[tuple[int, int]] = deque()  # (prompt, purges)
         self._complete: list[Group] = []
+        self.refill = refill
+        self._asked = 0  # rollouts, in this window
         self._next_rollout = self._next_group = self._windows = 0
 
     def ask(self, replica: int) -> list[RolloutRequest]:
         """New groups for this replica, as far as Ω and its share of it have room."""
         requests: list[RolloutRequest] = []
         while (
-            sum(self.num_in_flight) + self.group_size <= self.capacity
+            (sum(self.num_in_flight) if self.refill else self._asked) + self.group_size <= self.capacity
             and self.num_in_flight[replica] + self.group_size <= self.share
             and (prompt := self._next_prompt()) is not None
         ):
@@ -116,21 +132,13 @@ class Pool:
         for group in self.in_flight.values():
             group.age += 1
         purged = [group for group in self.in_flight.values() if group.age > self.retention]
-        window = Window(
-            index=self._windows,
-            groups=self._complete,
-            purged={},
-            carried=sum(group.num_unfinished for group in self.in_flight.values() if group.age <= self.retention),
-            num_purged=sum(len(group.rollouts) for group in purged),
-            purged_tokens=sum(rollout.length for group in purged for rollout in group.finished),
-        )
-        for group in reversed(purged):  # so that the oldest comes out first
-            done = {rollout.rollout for rollout in group.finished}
-            window.purged.setdefault(group.replica, []).extend(r for r in group.rollouts if r not in done)
-            self.num_in_flight[group.replica] -= group.num_unfinished
+        for group in reversed(purged):  # so that the oldest is asked first
+            self.num_in_flight[group.replica] -= len(group.unfinished)
             del self.in_flight[group.id]
             self._again.appendleft((group.prompt, group.purges + 1))
+        window = Window(self._windows, self._complete, purged, carried=sum(self.num_in_flight))
         self._complete = []
+        self._asked = 0
         self._windows += 1
         return window
 
@@ -152,6 +160,7 @@ class Pool:
         rollouts = list(range(self._next_rollout, self._next_rollout + self.group_size))
         group = Group(self._next_group, prompt, rollouts, replica, purges)
         self._next_rollout += self.group_size
+        self._asked += self.group_size
         self._next_group += 1
         self.in_flight[group.id] = group
         self.num_in_flight[replica] += self.group_size

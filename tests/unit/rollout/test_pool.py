@@ -75,8 +75,7 @@ def window(
             last[index] = step
             budget.settle(lease, spent)
             pool.finish(finished)
-            if tokens is not None:
-                replica.submit(pool.ask(index))
+            replica.submit(pool.ask(index))
     return budget, sum(last)
 
 
@@ -127,7 +126,7 @@ def test_a_run_loses_nothing_and_keeps_its_bounds(
         budget, last_step = window(pool, toys, tokens, version, by_completion, slice_steps)
         assert budget.spent - last_step < tokens, "overshot by a whole decode step of the group or more"
         closed = pool.close_window()
-        for index, rollouts in closed.purged.items():
+        for index, rollouts in closed.to_drop().items():
             for rollout in rollouts:
                 purged_rollouts.add(rollout)
                 del toys[index].running[rollout]
@@ -148,12 +147,12 @@ def test_a_run_loses_nothing_and_keeps_its_bounds(
 
 
 def test_wait_for_all_is_one_window_of_whole_groups() -> None:
-    pool = Pool(PromptOrder(8, seed=0, shuffle=False), group_size=2, capacity=4, retention=0)
+    pool = Pool(PromptOrder(8, seed=0, shuffle=False), group_size=2, capacity=4, retention=0, refill=False)
     budget, _ = window(pool, [ToyReplica(random.Random(0), 9)], None, 0, False, 3)
     closed = pool.close_window()
     assert not budget.exhausted
     assert sorted(group.prompt for group in closed.groups) == [0, 1]
-    assert closed.carried == closed.num_purged == 0
+    assert (closed.carried, closed.purged) == (0, [])
 
 
 def finished(request: RolloutRequest) -> FinishedRollout:
@@ -167,7 +166,8 @@ def test_a_group_older_than_sigma_is_purged_and_asked_first() -> None:
     assert pool.close_window().carried == 1
     assert [request.prompt for request in pool.ask(0)] == [2, 2]  # Ω = 4: one straggler leaves room for one group
     closed = pool.close_window()
-    assert (closed.purged, closed.num_purged, closed.purged_tokens) == ({0: [fourth.rollout]}, 2, 5)
+    assert closed.to_drop() == {0: [fourth.rollout]}
+    assert [len(group.finished) for group in closed.purged] == [1]
     again = pool.ask(0)
     assert [request.prompt for request in again] == [1, 1]
     assert {request.rollout for request in again}.isdisjoint({third.rollout, fourth.rollout})

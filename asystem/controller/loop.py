@@ -1,0 +1,159 @@
+"""The whole algorithm. Read this file first, then `rollout/pool.py` and `algorithms/`.
+
+              asks, leases                  windows                     batches
+    Pool ───────────────────▶ generators ───────────▶ rewarders ───────────────▶ trainers
+     ▲                             ▲   finished rollouts, as they finish            │
+     └── purged prompts            └──────────────── weights, version + 1 ──────────┘
+
+Two loops run beside each other. `_generate` opens one rollout window after another; it waits only for `_ahead`, which
+lets it be at most η batches ahead of training. `run` trains one batch after another and publishes the weights; it waits
+only for a window. Rewards are computed while their window still decodes. Three numbers make every schedule:
+
+    Φ token budget   a window hands over when it has generated Φ tokens; None = when all that it asked for is finished
+    σ retention      windows that an unfinished group may outlive before its prompt is asked again
+    η staleness      batches by which generation may be ahead: 0 is lockstep, 1 overlaps one step, more is asynchronous
+
+A token trained at version v was sampled at version v - σ - η or later. Calls on one rank run in the order in which they
+are made, so weights change between two slices of decoding, never within one. This file sees ids, lengths and rewards;
+token arrays and weights stay behind references.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from asystem.config import BudgetCounts, Config
+from asystem.controller.batches import accuracy, build_batch, rollout_metrics
+from asystem.rollout import Pool, TokenBudget, Window
+from asystem.spmd import replicas
+from asystem.tracking import Tracker
+from asystem.types import Score
+from asystem.workers import GenerateWorker, RewardWorker, TrainWorker
+
+Scoring = list[asyncio.Task[list[Score]]]
+
+
+class Controller:
+    """Orchestrates three worker groups, each of which is one local object or many ranks: the calls read the same.
+
+    Args:
+        pool: which prompts are in flight.
+        tracker: takes metrics and progress, and decides nothing.
+        run_dir: where checkpoints go.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        trainers: TrainWorker,
+        generators: GenerateWorker,
+        rewarders: RewardWorker,
+        pool: Pool,
+        tracker: Tracker,
+        run_dir: Path,
+    ) -> None:
+        self.config, self.pool, self.tracker, self.run_dir = config, pool, tracker, run_dir
+        self.trainers, self.generators, self.rewarders = trainers, generators, rewarders
+        self.replicas: Sequence[GenerateWorker] = replicas(generators)
+        self.version = 0
+        self.accuracy: list[float] = []  # on held-out prompts, first to last
+        self.generated = self.trained = 0  # response tokens
+        self._windows: asyncio.Queue[tuple[Window, Scoring]] = asyncio.Queue()
+        self._ahead = asyncio.Semaphore(config.rollout.max_staleness + 1)  # batches begun and not yet trained
+        self._scores: dict[int, Score] = {}  # of finished rollouts whose group still waits
+
+    async def run(self) -> None:
+        """Warms up, then trains `config.steps` batches. Any failure ends every task and is raised."""
+        await self._warm_up()
+        await self._publish_weights()
+        self.tracker.log(0, 0, await self._evaluate())
+        async with asyncio.TaskGroup() as self._tasks:
+            generation = self._tasks.create_task(self._generate())
+            while self.version < self.config.steps:
+                await self._train(*await self._windows.get())
+            generation.cancel()
+        await self._save()
+
+    async def _train(self, window: Window, scoring: Scoring) -> None:
+        for scores in await asyncio.gather(*scoring):
+            self._scores.update((score.rollout, score) for score in scores)
+        batch = build_batch(self.config, window, self._scores, self.version)
+        stats = await self.trainers.update(batch)
+        self.version += 1
+        self.trained += batch.num_tokens
+        await self._publish_weights()
+        self._ahead.release()
+        metrics = rollout_metrics(window, batch) | stats.to_dict()
+        if self.version == self.config.steps or self._is_due(self.config.evaluation.every):
+            metrics |= await self._evaluate()
+        self.tracker.log(self.version, self.version, metrics)
+        if self._is_due(self.config.checkpoint.every):
+            await self._save()
+
+    async def _generate(self) -> None:
+        while True:
+            await self._ahead.acquire()
+            scoring: Scoring = []
+            while not (window := await self._window(scoring)).groups:
+                pass  # nothing was complete: the rollouts are carried into another window, and training waits
+            self._windows.put_nowait((window, scoring))
+
+    async def _window(self, scoring: Scoring) -> Window:
+        """C3PO++: decode until Φ new tokens exist, wherever each rollout stands then."""
+        budget = TokenBudget(self.config.rollout.token_budget)
+        while True:
+            async with asyncio.TaskGroup() as drives:
+                for replica in range(len(self.replicas)):
+                    drives.create_task(self._drive(replica, budget, scoring))
+            if budget.exhausted or not self.pool.in_flight:
+                break  # else a replica ran out of work under a lease that others can use
+        window = self.pool.close_window()
+        for replica, rollouts in window.to_drop().items():
+            await self.replicas[replica].drop(rollouts)
+        self.tracker.event("window", index=window.index, tokens=budget.spent, groups=len(window.groups))
+        return window
+
+    async def _drive(self, replica: int, budget: TokenBudget, scoring: Scoring) -> None:
+        """Keeps one replica decoding, slice after slice; sends off for rewards what finished in each."""
+        while not budget.exhausted and (lease := budget.lease(len(self.replicas))) != 0:
+            asks = self.pool.ask(replica)
+            if not self.pool.num_in_flight[replica]:
+                return budget.settle(lease, 0)
+            report = await self.replicas[replica].decode(asks, lease)
+            counts_completed = self.config.rollout.budget_counts is BudgetCounts.completed
+            completed = sum(rollout.length for rollout in report.finished)
+            budget.settle(lease, completed if counts_completed else report.generated)
+            self.pool.finish(report.finished)
+            if report.finished:
+                scoring.append(self._tasks.create_task(self.rewarders.score(report.finished)))
+            self.generated += report.generated
+            self.tracker.progress(tokens=self.generated, phase="rollouts", in_flight=sum(self.pool.num_in_flight))
+
+    async def _publish_weights(self) -> None:
+        weights = await self.trainers.export_weights()  # decoding goes on
+        await self.generators.load_weights(weights, self.version)  # the only pause, between two slices
+        self.tracker.event("weights", version=self.version, bytes=weights.num_bytes)
+
+    async def _evaluate(self) -> dict[str, float]:
+        """Accuracy on held-out prompts under the weights just published; rollouts in flight are held meanwhile."""
+        rows = await self.generators.num_held_out()
+        if not rows:
+            return {}
+        finished = await self.generators.evaluate(list(range(min(rows, self.config.evaluation.prompts))))
+        self.accuracy.append(accuracy(await self.rewarders.score(finished, held_out=True)))
+        return {f"eval/{self.config.data.name}/accuracy": self.accuracy[-1]}
+
+    async def _warm_up(self) -> None:
+        """Supervised steps on demonstrations, so that RL starts from a policy that is sometimes right."""
+        steps = self.config.training.warmup.steps
+        for done in range(0, steps, 20):
+            stats = await self.trainers.warm_up(min(20, steps - done))
+            self.tracker.progress(tokens=0, phase=f"warm-up {done}/{steps}, loss {stats.to_dict()['train/loss']:.3f}")
+
+    async def _save(self) -> None:
+        await self.trainers.save(self.run_dir / "checkpoints" / f"step-{self.version:06d}")
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.version % every == 0

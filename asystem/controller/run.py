@@ -1,0 +1,95 @@
+"""From a checked configuration to a finished run folder: what `asystem train` calls."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+from asystem.config import Config, PlacementKind
+from asystem.controller.loop import Controller
+from asystem.data.task import load_task
+from asystem.rollout import Pool, PromptOrder
+from asystem.spmd import Runtime, make_runtime, spawn
+from asystem.tracking import Tracker, new_run_dir
+from asystem.workers import GenerateWorker, HybridWorker, RewardWorker, TrainWorker
+from asystem.workers.build import check_model
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Runs RL as configured and returns the run's summary, which also stands in its `summary.json`.
+
+    Raises:
+        DataError, ModelError: before anything starts, if the dataset or the model folder cannot be used.
+        AsystemError: what ended the run; its folder is complete up to then.
+    """
+    task = load_task(config.data, config.recipe_dir)
+    check_model(config)
+    run_dir = new_run_dir(config)
+    tracker = Tracker(config, run_dir)
+    status, started = "failed", time.time()
+    controller: Controller | None = None
+    try:
+        with make_runtime(config.runtime, config.placement, on_call=tracker.call) as runtime:
+            trainers, generators, rewarders = spawn_groups(config, runtime, run_dir)
+            controller = Controller(
+                config, trainers, generators, rewarders, make_pool(config, len(task.train)), tracker, run_dir
+            )
+            asyncio.run(_until_first_failure(controller))
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        summary = tracker.finish(status, summarize(controller, time.time() - started))
+    return summary
+
+
+def make_pool(config: Config, num_prompts: int) -> Pool:
+    """The rollout pool that the configuration asks for."""
+    return Pool(
+        PromptOrder(num_prompts, seed=config.seed, shuffle=config.data.shuffle),
+        group_size=config.algorithm.group_size,
+        capacity=config.rollout.capacity,
+        retention=config.rollout.retention,
+        replicas=config.generation.ranks,
+        refill=config.rollout.token_budget is not None,
+    )
+
+
+def spawn_groups(config: Config, runtime: Runtime, run_dir: Path) -> tuple[TrainWorker, GenerateWorker, RewardWorker]:
+    """The three worker groups; in hybrid placement the first two are one."""
+    rewarders = spawn(RewardWorker, config, name="rewarders", ranks=config.reward.ranks, runtime=runtime)
+    if config.placement.kind is PlacementKind.hybrid:
+        hybrid = spawn(HybridWorker, config, run_dir, name="hybrid", ranks=config.training.ranks, runtime=runtime)
+        return hybrid, hybrid, rewarders
+    trainers = spawn(TrainWorker, config, run_dir, name="trainers", ranks=config.training.ranks, runtime=runtime)
+    generators = spawn(GenerateWorker, config, name="generators", ranks=config.generation.ranks, runtime=runtime)
+    return trainers, generators, rewarders
+
+
+def summarize(controller: Controller | None, seconds: float) -> dict[str, Any]:
+    """The figures of `summary.json` that the controller knows."""
+    if controller is None:
+        return {"steps": 0, "wall_seconds": seconds}
+    accuracy = controller.accuracy
+    return {
+        "steps": controller.version,
+        "wall_seconds": seconds,
+        "eval_first": accuracy[0] if accuracy else None,
+        "eval_last": accuracy[-1] if accuracy else None,
+        "tokens_generated": controller.generated,
+        "tokens_trained": controller.trained,
+    }
+
+
+async def _until_first_failure(controller: Controller) -> None:
+    """Task groups wrap what ended them, group in group; a user wants the first cause alone."""
+    try:
+        await controller.run()
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from None

@@ -1,0 +1,128 @@
+"""The generation program: one engine a replica, driven slice by slice."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from asystem.config import Config
+from asystem.data.task import Row, load_task
+from asystem.errors import DataError, WorkerError
+from asystem.generation import Engine, EngineRequest
+from asystem.models import Decoder
+from asystem.spmd import Collect, Dispatch, Worker, remote, store
+from asystem.state import WeightPayload, import_weights
+from asystem.types import DecodeReport, FinishedRollout, Ref, RolloutRequest, SamplingParams, Trajectory
+from asystem.workers.build import build_model, build_tokenizer, pick_device, pick_dtype
+
+
+class GenerateWorker(Worker):
+    """Decodes rollouts. Holds the dataset, so that a request is three numbers."""
+
+    collective = False
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    async def setup(self) -> None:
+        device = pick_device(self.config)
+        self.start_generation(build_model(self.config, device, pick_dtype(self.config.generation.dtype, device)))
+
+    def start_generation(self, model: Decoder) -> None:
+        """Builds the engine around a model, which a hybrid worker shares with training."""
+        config = self.config
+        self.task = load_task(config.data, config.recipe_dir)
+        self.tokenizer = build_tokenizer(config, model.spec.vocab_size)
+        self.sampling = SamplingParams(
+            config.rollout.max_new_tokens, config.rollout.temperature, config.rollout.top_k, config.rollout.top_p
+        )
+        self.engine = Engine(
+            model,
+            config.generation,
+            stop_ids=self.tokenizer.eos_ids,
+            seed=config.seed,
+            max_length=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        )
+
+    @remote(Dispatch.BROADCAST, Collect.FIRST)
+    async def num_held_out(self) -> int:
+        """Rows of the held-out dataset."""
+        return len(self.task.evaluation)
+
+    @remote(Dispatch.BROADCAST, Collect.FIRST)
+    async def decode(self, requests: Sequence[RolloutRequest], lease: int | None) -> DecodeReport:
+        """Takes new requests and decodes one slice: at most `rollout.slice_steps` steps, or until the lease is spent."""
+        started = time.perf_counter()
+        self.engine.submit([self._request(self.task.train, request, self.sampling) for request in requests])
+        rollout = self.config.rollout
+        decoded = self.engine.decode(max_tokens=lease, counts=rollout.budget_counts, max_steps=rollout.slice_steps)
+        return DecodeReport(
+            finished=_publish(decoded.finished),
+            generated=decoded.generated,
+            steps=decoded.steps,
+            unfinished=self.engine.num_unfinished,
+            version=self.engine.version,
+            seconds=time.perf_counter() - started,
+        )
+
+    @remote(Dispatch.BROADCAST)
+    async def drop(self, rollouts: Sequence[int]) -> None:
+        """Forgets purged rollouts and frees their KV blocks."""
+        self.engine.drop(rollouts)
+
+    @remote(Dispatch.SPLIT, Collect.CONCAT)
+    async def evaluate(self, rows: Sequence[int]) -> list[FinishedRollout]:
+        """Answers held-out prompts under the present weights; rollouts in flight keep their KV and wait."""
+        sampling = replace(self.sampling, temperature=self.config.evaluation.temperature, top_k=0, top_p=1.0)
+        requests = [RolloutRequest(rollout=-1 - row, group=-1 - row, prompt=row) for row in rows]
+        self.engine.pause()
+        self.engine.submit([self._request(self.task.evaluation, request, sampling) for request in requests])
+        finished = self.engine.decode().finished
+        self.engine.resume()
+        return _publish(sorted(finished, key=lambda trajectory: trajectory.prompt))
+
+    @remote(Dispatch.BROADCAST)
+    async def load_weights(self, weights: Ref[WeightPayload], version: int) -> None:
+        """Swaps the weights in place; tokens sampled from now on carry ``version``.
+
+        Raises:
+            WorkerError: the version goes backwards.
+        """
+        if version < self.engine.version:
+            raise WorkerError(
+                self.name, self.rank, "", "load_weights", f"version {version} after version {self.engine.version}"
+            )
+        import_weights(self.engine.model, store.get(weights))
+        self.engine.weights_updated(version)
+
+    def _request(self, rows: Sequence[Row], request: RolloutRequest, sampling: SamplingParams) -> EngineRequest:
+        prompt = rows[request.prompt]["prompt"]
+        text = prompt if isinstance(prompt, str) else self.tokenizer.apply_chat(prompt)
+        tokens = self.tokenizer.encode(text)
+        limit = self.config.data.max_prompt_tokens
+        if not 0 < len(tokens) <= limit:
+            raise DataError(f"prompt {request.prompt} has {len(tokens)} tokens; data.max_prompt_tokens is {limit}")
+        return EngineRequest(request.rollout, request.group, request.prompt, tokens, sampling)
+
+
+def _publish(trajectories: list[Trajectory]) -> list[FinishedRollout]:
+    """Puts the arrays of one slice into the store, as one object, and describes them to the controller."""
+    if not trajectories:
+        return []
+    ref = store.put(trajectories)
+    return [
+        FinishedRollout(
+            rollout=t.rollout,
+            group=t.group,
+            prompt=t.prompt,
+            prompt_length=len(t.prompt_tokens),
+            length=len(t.tokens),
+            first_version=int(t.versions.min()),
+            last_version=int(t.versions.max()),
+            finish=t.finish,
+            ref=ref,
+            row=row,
+        )
+        for row, t in enumerate(trajectories)
+    ]

@@ -1,0 +1,35 @@
+"""ASystem's Hybrid Runtime: training and generation in one worker, over one copy of the weights."""
+
+from __future__ import annotations
+
+from asystem.config import Config
+from asystem.spmd import Collect, Dispatch, remote
+from asystem.state import WeightPayload
+from asystem.types import Ref
+from asystem.workers.build import build_model, pick_device, pick_dtype
+from asystem.workers.generate import GenerateWorker
+from asystem.workers.train import TrainWorker
+
+
+class HybridWorker(TrainWorker, GenerateWorker):
+    """Both programs on one device. The engine decodes with the very tensors that the optimizer writes."""
+
+    collective = False
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    async def setup(self) -> None:
+        device = pick_device(self.config)
+        model = build_model(self.config, device, pick_dtype(self.config.training.dtype, device))
+        self.start_generation(model)
+        self.start_training(model)
+
+    @remote(Dispatch.BROADCAST, Collect.FIRST)
+    async def export_weights(self) -> Ref[WeightPayload]:
+        """Nothing is copied: publishing is the new version number alone."""
+        return Ref(None)
+
+    @remote(Dispatch.BROADCAST)
+    async def load_weights(self, weights: Ref[WeightPayload], version: int) -> None:
+        self.engine.weights_updated(version)
