@@ -52,7 +52,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
     options: dict[str, Any] = {"window_size": (-1, 0)}
     if q.shape[1] != k.shape[1] and _varlen_has_gqa_option():
         options["enable_gqa"] = True
-    out = varlen_attn(q, k, v.contiguous(), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
     assert isinstance(out, Tensor), "varlen_attn returns a tuple only when auxiliary outputs are asked for"
     return out
 

@@ -68,6 +68,17 @@ def test_built_without_memory_then_filled() -> None:
     assert torch.equal(model(tokens, tokens, attention([7])), expected)
 
 
+def test_training_after_inference_mode() -> None:
+    model = built(SPECS["llama"])
+    tokens = torch.arange(7)
+    with torch.inference_mode():  # the rotary table is made here, and read below
+        expected = model(tokens, tokens, attention([7]))
+    out = model(tokens, tokens, attention([7]))
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert model.embed.weight.grad is not None
+
+
 def test_seeds_name_the_weights() -> None:
     spec = SPECS["qwen2"]
     one, same, other = built(spec, 1), built(spec, 1), built(spec, 2)
