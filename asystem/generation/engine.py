@@ -236,10 +236,11 @@ class Engine:
         tokens, new = request.prompt_tokens, request.params.max_new_tokens
         if len(tokens) == 0:
             raise DataError(f"prompt {request.prompt} is empty: a rollout needs at least one prompt token")
-        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+        beyond = tokens[(tokens < 0) | (tokens >= self.vocab_size)]
+        if len(beyond):
             raise DataError(
-                f"prompt {request.prompt} has token {int(max(tokens.max(), -tokens.min()))}, beyond the model's "
-                f"vocabulary of {self.vocab_size}: does the tokenizer belong to the model?"
+                f"prompt {request.prompt} has token {beyond[0]}, beyond the model's vocabulary of {self.vocab_size}: "
+                "does the tokenizer belong to the model?"
             )
         if new < 1:
             raise ConfigError(f"max_new_tokens is {new}: a rollout generates at least 1 token")

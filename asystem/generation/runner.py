@@ -41,8 +41,9 @@ class Runner(Protocol):
     """Computes prefills and decode steps.
 
     Attributes:
-        run_ahead: decode steps that `decode` may be asked for in one call. More than 1 needs a runner whose rows stand
-            still once they are done; blocks for all the steps are in the tables before the call.
+        run_ahead: decode steps that `decode` may be asked for in one call; the blocks for all of them are in the tables
+            before it. With more than 1, rows must stand still once they are `done` (`drawn`, `last_token`, `position`
+            and the responses unchanged; a row may write its newest token's keys and values again).
     """
 
     run_ahead: int

@@ -152,15 +152,16 @@ class Scheduler:
     def reserve(self, steps: int) -> Growth:
         """Makes room in the tables of all running sequences for their next `steps` tokens.
 
-        A step writes the keys and values of the newest token, so it needs room for `lengths` tokens. Where blocks
-        run out, idle sequences lose theirs first, then the newest running ones, whose rows are then to `leave`.
+        A step writes the keys and values of the newest token, so it needs room for `lengths` tokens; a row that ends
+        before the last step has room for its own newest token still. Where blocks run out, idle sequences lose theirs
+        first, then the newest running ones, whose rows are then to `leave`.
         """
         growth, num_rows = Growth(), len(self.running)
         needed = self.lengths[:num_rows] + (steps - 1)
         for row in np.flatnonzero(needed > self._room[:num_rows]).tolist():
             sequence = self.running[row]
-            last = sequence.prompt_length + sequence.request.params.max_new_tokens - 1
-            target = self.pool.blocks_for(min(int(needed[row]), last))
+            longest = sequence.prompt_length + sequence.request.params.max_new_tokens
+            target = self.pool.blocks_for(min(int(needed[row]), longest))
             while sequence.state is State.RUNNING and len(sequence.blocks) < target:
                 if self.pool.num_free == 0:
                     if not self._evict():

@@ -22,13 +22,16 @@ from asystem.types import Finish, SamplingParams, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One sample of one prompt, with its tokens. `prompt` is the dataset row; `prompt_tokens` is [P] int32."""
+    """One sample of one prompt, with its tokens. `prompt` is the dataset row; `prompt_tokens` is kept as [P] int32."""
 
     rollout: int
     group: int
     prompt: int
     prompt_tokens: npt.NDArray[np.int32]
     params: SamplingParams
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_tokens", np.asarray(self.prompt_tokens, np.int32))
 
 
 @dataclass(frozen=True, slots=True)
