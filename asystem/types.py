@@ -113,3 +113,21 @@ class Score:
     rollout: int
     reward: float
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallRecord:
+    """One remote call on one rank, timed there. Wall-clock seconds since the epoch.
+
+    Attributes:
+        start, end: of the call itself; start hooks are calls named ``setup``.
+        queue_seconds: between the controller's call and its start: waiting behind earlier calls, and on the way.
+    """
+
+    group: str
+    rank: int
+    method: str
+    start: float
+    end: float
+    host: str
+    queue_seconds: float
