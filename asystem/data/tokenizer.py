@@ -67,6 +67,10 @@ class Tokenizer:
         ids: list[int] = self._fast.encode(text, add_special_tokens=False).ids
         return ids
 
+    def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+        """A prompt as plain text, or as chat messages through the chat template."""
+        return self.encode(prompt if isinstance(prompt, str) else self.apply_chat(prompt))
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of ``ids`` (a list or an integer array); bytes that are no UTF-8 become U+FFFD."""
         text: str = self._fast.decode([int(i) for i in ids], skip_special_tokens=skip_special)

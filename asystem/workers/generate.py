@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from asystem.config import Config
 from asystem.data.task import Row, load_task
 from asystem.errors import DataError, WorkerError
@@ -97,13 +99,11 @@ class GenerateWorker(Worker):
         self.engine.weights_updated(version)
 
     def _request(self, rows: Sequence[Row], request: RolloutRequest, sampling: SamplingParams) -> EngineRequest:
-        prompt = rows[request.prompt]["prompt"]
-        text = prompt if isinstance(prompt, str) else self.tokenizer.apply_chat(prompt)
-        tokens = self.tokenizer.encode(text)
+        tokens = self.tokenizer.encode_prompt(rows[request.prompt]["prompt"])
         limit = self.config.data.max_prompt_tokens
         if not 0 < len(tokens) <= limit:
             raise DataError(f"prompt {request.prompt} has {len(tokens)} tokens; data.max_prompt_tokens is {limit}")
-        return EngineRequest(request.rollout, request.group, request.prompt, tokens, sampling)
+        return EngineRequest(request.rollout, request.group, request.prompt, np.array(tokens, dtype=np.int32), sampling)
 
 
 def _publish(trajectories: list[Trajectory]) -> list[FinishedRollout]:
