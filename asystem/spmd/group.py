@@ -1,0 +1,213 @@
+"""Worker groups: many ranks behind the type of one worker.
+
+    group.update(batch) ──cut──▶ rank 0 ▶ [update] ──┐
+                         └─────▶ rank 1 ▶ [update] ──┴─gathered──▶ the awaited value
+
+A call is handed to its ranks at once, in the line that makes it, and each rank runs its calls in that order. The first
+rank that fails, dies or overruns its deadline ends the group: the others are killed, so that none is left in a
+collective, and this and every later call raises the same error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar, cast
+
+from asystem.errors import AsystemError, ConfigError, WorkerError, WorkerTimeout
+from asystem.spmd.dispatch import cut, gather
+from asystem.spmd.host import Failure, GroupSpec, Reply
+from asystem.spmd.remote import Dispatch, Mode, Worker, remote_method, remote_methods
+from asystem.spmd.runtime import Rank, Runtime
+from asystem.types import CallRecord
+
+W = TypeVar("W", bound=Worker)
+START = "setup"  # the name under which starting a rank is timed and reported
+LATE_START_GRACE = 5.0  # seconds for a start that nobody awaited before its deadline had passed
+
+
+def spawn(
+    worker_type: type[W],
+    *args: Any,
+    name: str,
+    ranks: int,
+    runtime: Runtime,
+    collective: bool | None = None,
+    cpus: float | None = None,
+    gpus: float | None = None,
+    **kwargs: Any,
+) -> W:
+    """Starts a group of workers and returns it, typed as one of them. It does not wait: the first call does.
+
+    Args:
+        args, kwargs: for the worker's ``__init__`` on every rank.
+        collective: whether the ranks form a torch.distributed process group; null = as the worker type says.
+        cpus: logical CPUs that each rank reserves; null = next to none, as ranks may share cores.
+        gpus: GPUs that each rank owns; null = as the worker type says.
+
+    Raises:
+        ConfigError: there is no room for the group.
+    """
+    if ranks < 1:
+        raise ConfigError(f"{name} has {ranks} ranks: give it at least 1")
+    config = runtime.config
+    spec = GroupSpec(
+        worker_type=worker_type,
+        args=args,
+        kwargs=kwargs,
+        name=name,
+        ranks=ranks,
+        collective=(worker_type.collective if collective is None else collective) and ranks > 1,
+        cpus=0.001 if cpus is None else cpus,
+        gpus=worker_type.gpus if gpus is None else gpus,
+        threads=config.threads_per_rank,
+        deadline_seconds=config.deadline_seconds,
+    )
+    group = Group(spec, runtime.start_group(spec), runtime)
+    return cast(W, WorkerGroup(group, range(ranks)))
+
+
+def replicas(group: W) -> list[W]:
+    """One view of one rank each, typed as the worker, to talk to every rank at its own pace."""
+    if not isinstance(group, WorkerGroup):
+        return [group]  # a bare worker is its own only rank
+    return [cast(W, WorkerGroup(group.group_, [rank])) for rank in group.ranks_]
+
+
+class WorkerGroup:
+    """Has the remote methods of its worker type; calls go to the ranks of this view."""
+
+    def __init__(self, group: Group, ranks: Sequence[int]) -> None:
+        self.group_, self.ranks_ = group, list(ranks)
+        for name, mode in remote_methods(group.spec.worker_type).items():
+            setattr(self, name, functools.partial(group.call, name, mode, self.ranks_))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return remote_method(self.group_.spec.worker_type, name)  # raises, with the nearest name
+
+    def __repr__(self) -> str:
+        spec = self.group_.spec
+        return f"<{spec.name}: {spec.worker_type.__name__} on ranks {self.ranks_} of {spec.ranks}>"
+
+
+class Group:
+    """What all views of a group share: its ranks, what each has to do, and how it failed, if it has."""
+
+    def __init__(self, spec: GroupSpec, ranks: Sequence[Rank], runtime: Runtime) -> None:
+        self.spec, self.ranks, self.runtime = spec, ranks, runtime
+        self.failure: AsystemError | None = None
+        self._spawned = time.monotonic()
+        self._starting: dict[asyncio.Future[Reply], int] | None = None
+        self._waiting = [0] * len(ranks)  # calls that each rank has not answered
+        self._routed = [0] * len(ranks)  # calls that each rank was chosen for
+        self._answered = [0.0] * len(ranks)  # when each rank last answered, monotonic seconds
+
+    def call(self, name: str, mode: Mode, ranks: Sequence[int], /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        """Hands a call to the ranks, and returns the coroutine that waits for them."""
+        if self.failure is not None:
+            raise self.failure
+        if self._starting is None:
+            self._starting = {self._submit(rank, START, (), {}): rank for rank in range(len(self.ranks))}
+        if mode.dispatch is Dispatch.ROUTE:
+            ranks = [min(ranks, key=lambda rank: (self._waiting[rank], self._routed[rank]))]
+            self._routed[ranks[0]] += 1
+        shares = self._shares(name, mode, len(ranks), args, kwargs)
+        pending = {self._submit(rank, name, *share): rank for rank, share in zip(ranks, shares, strict=True)}
+        return self._finish(name, mode, pending)
+
+    def _shares(
+        self, name: str, mode: Mode, parts: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        if mode.dispatch is not Dispatch.SPLIT or parts == 1:
+            return [(args, kwargs)] * parts
+        if not args and mode.first not in kwargs:
+            raise TypeError(f"{self.spec.name}.{name}: the argument {mode.first!r}, which is cut over ranks, is missing")
+        whole = args[0] if args else kwargs[mode.first]
+        try:
+            cuts = cut(whole, parts, even=self.spec.collective)
+        except (ConfigError, TypeError) as error:
+            raise type(error)(f"{self.spec.name}.{name}: {error}") from None
+        return [((part, *args[1:]), kwargs) if args else ((), kwargs | {mode.first: part}) for part in cuts]
+
+    def _submit(self, rank: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> asyncio.Future[Reply]:
+        self._waiting[rank] += 1
+        handle, made = self.ranks[rank], time.time()
+        future = handle.started() if name == START else handle.call(name, args, kwargs)
+        future.add_done_callback(functools.partial(self._record, rank, name, made))
+        return future
+
+    def _record(self, rank: int, name: str, made: float, future: asyncio.Future[Reply]) -> None:
+        self._waiting[rank] -= 1
+        self._answered[rank] = time.monotonic()
+        if future.cancelled() or self.runtime.on_call is None or not (reply := future.result()).end:
+            return
+        host, queued = self.ranks[rank].where.host, max(0.0, reply.start - made)
+        self.runtime.on_call(CallRecord(self.spec.name, rank, name, reply.start, reply.end, host, queued))
+
+    async def _finish(self, name: str, mode: Mode, pending: dict[asyncio.Future[Reply], int]) -> Any:
+        assert self._starting is not None, "the group is started by its first call"
+        config = self.runtime.config
+        spare = max(self._spawned + config.start_seconds - time.monotonic(), LATE_START_GRACE)
+        await self._answers(START, self._starting, spare, config.start_seconds)
+        await self._answers(name, pending, config.deadline_seconds, config.deadline_seconds)
+        return gather([future.result().value for future in pending], mode.collect)
+
+    async def _answers(
+        self, name: str, pending: dict[asyncio.Future[Reply], int], seconds: float, limit: float
+    ) -> None:
+        """Waits for all ranks; a rank's clock starts when it has answered the call before this one."""
+        waiting, began = set(pending), time.monotonic()
+        while waiting:
+            since = min(max(began, self._answered[pending[future]]) for future in waiting)
+            left = since + seconds - time.monotonic()
+            done, waiting = await asyncio.wait(waiting, timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                self._check(name, pending[future], future)
+            if not done and left <= 0:
+                raise self._fail(self._overdue(name, sorted(pending[future] for future in waiting), limit))
+
+    def _check(self, name: str, rank: int, future: asyncio.Future[Reply]) -> None:
+        if future.cancelled():
+            raise self._fail(WorkerError(self.spec.name, rank, self._host(rank), name, "the call was cancelled"))
+        if (failure := future.result().failure) is not None:
+            raise self._fail(self._error(name, rank, failure))
+
+    def _error(self, name: str, rank: int, failure: Failure) -> AsystemError:
+        """An error of ours is raised as it is, with a note where it came from; others become a `WorkerError`."""
+        if self.failure is not None:
+            return self.failure  # killed after the first failure: not worth a word
+        place = WorkerError(self.spec.name, rank, self._host(rank), name, failure.reason)
+        error = failure.error if isinstance(failure.error, AsystemError) else place
+        if error is not failure.error:
+            error.__cause__ = failure.error
+        else:
+            error.add_note(f"raised in {self.spec.name} rank {rank} on {self._host(rank)}: {name}")
+        for note in (failure.trace, "" if failure.trace else self.ranks[rank].last_words(hanging=False)):
+            if note:
+                error.add_note(note)
+        return error
+
+    def _overdue(self, name: str, late: list[int], limit: float) -> WorkerTimeout:
+        phase = "starting" if name == START else "the call"
+        others = f" (ranks {', '.join(map(str, late))} of {self.spec.ranks} have not answered)"
+        reason = f"{phase} took longer than {limit:g} s{others if len(late) > 1 else ''}; "
+        reason += f"raise runtime.{'start' if name == START else 'deadline'}_seconds if that is to be expected"
+        error = WorkerTimeout(self.spec.name, late[0], self._host(late[0]), name, reason)
+        for rank in late:
+            if words := self.ranks[rank].last_words(hanging=True):
+                error.add_note(f"{self.spec.name} rank {rank} stands at:\n{words}")
+        return error
+
+    def _fail(self, error: AsystemError) -> AsystemError:
+        if self.failure is None:
+            self.failure = error
+            for rank in self.ranks:
+                rank.kill()
+        return self.failure
+
+    def _host(self, rank: int) -> str:
+        return self.ranks[rank].where.host

@@ -1,0 +1,54 @@
+"""What surrounds a Ray cluster: the environment it reads on import, its temporary folder, its nodes. No Ray here."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+NODE_RESOURCE = "asystem_node:"  # + the node's rank: the custom resource by which bootstrapped nodes are told apart
+_LONGEST_TEMP_DIR = 36  # Ray appends up to 70 characters, and a Unix socket's path ends at 107
+
+
+def prepare_environment() -> None:
+    """Sets what Ray reads when it is imported.
+
+    A cluster of our own takes a token that only this process and its children know, so that no other user of the
+    machine can run code in it. For a cluster that is there already (RAY_ADDRESS), the user's settings stand.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its default from 2.60 on, without its warning
+    if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
+        os.environ.update(token_environment(secrets.token_hex(32)))
+
+
+def token_environment(token: str) -> dict[str, str]:
+    """The variables with which Ray processes recognise each other; equal on all nodes of a cluster."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+
+
+def new_temp_dir() -> Path:
+    """A temporary folder for one cluster, so that several on a machine stay apart, with a path that is not too long."""
+    parent = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="asystem-", dir=parent if len(parent) <= _LONGEST_TEMP_DIR - 17 else "/tmp"))
+
+
+def remove_temp_dir(path: Path) -> None:
+    """Removes it with all logs; processes that are still ending may hold some files, which do not matter."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def identity(resources: Mapping[str, float]) -> str | None:
+    """The resource that only this node has: ours if it was bootstrapped by us, else Ray's own, by address."""
+    ours = [name for name in resources if name.startswith(NODE_RESOURCE)]
+    rays = [name for name in resources if name.startswith("node:") and not name.startswith("node:__")]
+    return next(iter(sorted(ours) + sorted(rays)), None)
+
+
+def choose_node(free_gpus: Mapping[str, float], groups: Mapping[str, int], gpus: float) -> str | None:
+    """The node for the next group when groups are to be spread: the emptiest with enough free GPUs; None if none has."""
+    fitting = [node for node, free in free_gpus.items() if free >= gpus]
+    return min(fitting, key=lambda node: (groups.get(node, 0), node), default=None)
