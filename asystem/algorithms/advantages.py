@@ -1,25 +1,34 @@
-"""Advantages: how much better a response was than could be expected."""
+"""Advantages from rewards."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+STD_EPS = 1e-6
 
-def group_advantages(rewards: Tensor, valid: Tensor, *, normalize_std: bool = True) -> Tensor:
-    """GRPO's advantages within one group: (r - mean) / (std + 1e-6) over its valid members.
+
+def group_advantages(rewards: Tensor, valid: Tensor, *, normalize_std: bool) -> Tensor:
+    """GRPO's group advantages: how much better a sample is than the other samples of its prompt.
+
+        A_i = (r_i - mean(r)) / (std(r) + 1e-6)        mean and std over the valid members; std with G - 1
+
+    Source: DeepSeekMath (arXiv 2402.03300) §4.1.2; without the division, Dr. GRPO (arXiv 2503.20783).
 
     Args:
-        rewards: [G] float32. valid: [G] bool, False where the reward failed.
-        normalize_std: divide by the (unbiased) standard deviation, as GRPO does; Dr.GRPO does not.
+        rewards: [G] float32. valid: [G] bool, false where the reward failed or is to be left out.
+        normalize_std: divide by the standard deviation.
 
     Returns:
-        [G] float32; 0 for invalid members, and for all where fewer than two are valid or their rewards are equal.
-
-    Source: DeepSeekMath (Shao et al. 2024), §4.1.2; Dr.GRPO (Liu et al. 2025) for the version without deviation.
+        [G] float32. Invalid members, NaN and infinite rewards among them, get 0 and do not
+        count in the mean. All get 0 if fewer than two are valid or if the valid rewards are equal: exactly 0, whatever
+        rounding does to their mean.
     """
+    advantages = torch.zeros_like(rewards)
+    valid = valid & torch.isfinite(rewards)
     known = rewards[valid]
-    if known.numel() < 2 or bool((known == known[0]).all()):
-        return torch.zeros_like(rewards)
-    scale = known.std() + 1e-6 if normalize_std else 1.0
-    return torch.where(valid, (rewards - known.mean()) / scale, 0.0)
+    if known.numel() < 2 or bool(known.max() == known.min()):
+        return advantages
+    centred = known - known.mean()
+    advantages[valid] = centred / (known.std() + STD_EPS) if normalize_std else centred
+    return advantages

@@ -1,28 +1,47 @@
-"""Normalisers: the share of one token in the loss of the whole batch.
-
-Made from counts of the global batch, never of a micro-batch, a mini-batch part or a rank; and of all response tokens:
-tokens that a correction masks stay in the denominator, as in the Ring-1T report's 1/|y|.
-"""
+"""How tokens are weighed against each other in a batch: the denominators of the loss."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from asystem.config import Normalizer
+from asystem.errors import ConfigError
 
 
-def token_weight(
-    kind: Normalizer, *, length: int, num_rollouts: int, num_tokens: int, token_budget: int | None
-) -> float:
-    """Weight of each token of a response of ``length`` tokens.
+def token_weights(
+    normalizer: Normalizer,
+    lengths: Sequence[int],
+    *,
+    num_rollouts: int,
+    num_tokens: int,
+    token_budget: int | None = None,
+    minibatches: int = 1,
+) -> list[float]:
+    """The weight of each token of each response; the loss is the weighted sum over the whole batch.
 
-    response: 1 / (length · rollouts), GRPO and IcePop.  token: 1 / tokens, DAPO.  budget: 1/Φ, C3PO (Ring-lite report,
-    §3.2), constant from step to step; without a Φ it is refused by `Config.check`.
+        response   1 / (num_rollouts |y_i|)   mean over each response, then over responses (GRPO, IcePop)
+        token      1 / num_tokens             mean over all tokens of the batch (DAPO, arXiv 2503.14476)
+        budget     1 / Φ                      sum over a constant, so that a step's scale does not follow the lengths
+                                              that happened to finish in it (C3PO; Ring-lite, arXiv 2506.14731 §3.2)
+
+    Counts are those of the global batch, over all ranks and micro-batches: however the batch is cut, the parts' losses
+    add up to the same. Tokens that a correction masks stay in |y_i| and in the counts, as in equation 1 of the Ring-1T
+    report. A batch cut into several optimizer steps gives each its share of the denominator, so that their mean is the
+    whole batch's loss.
 
     Args:
-        num_rollouts, num_tokens: of the global batch.
+        lengths: response tokens |y_i| of the responses at hand, any part of the batch.
+
+    Raises:
+        ConfigError: ``budget`` without a token budget.
     """
-    if kind is Normalizer.response:
-        return 1.0 / (length * num_rollouts)
-    if kind is Normalizer.token:
-        return 1.0 / num_tokens
-    assert token_budget is not None, "the budget normalizer without rollout.token_budget"
-    return 1.0 / token_budget
+    if normalizer is Normalizer.response:
+        return [minibatches / (num_rollouts * length) for length in lengths]
+    if normalizer is Normalizer.token:
+        return [minibatches / num_tokens] * len(lengths)
+    if token_budget is None:
+        raise ConfigError(
+            "algorithm.normalizer=budget divides by rollout.token_budget, which is null; "
+            "set it, or use normalizer=token or response"
+        )
+    return [minibatches / token_budget] * len(lengths)

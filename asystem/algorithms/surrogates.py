@@ -1,20 +1,32 @@
-"""Surrogates: what is maximised for each token, before correction and normaliser."""
+"""Policy surrogates: what an update maximises, a token."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+# exp(20) is far outside every clip; without a bound an overflow to infinity turns the clipped branch's zero gradient
+# into NaN (0 * inf).
+MAX_LOG_RATIO = 20.0
+
 
 def clipped_surrogate(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
-) -> Tensor:
-    """PPO's min(r A, clip(r, 1 - ε_low, 1 + ε_high) A) with r = exp(logprobs - old_logprobs).
+) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate (arXiv 1707.06347, equation 7), with bounds of its own on either side.
 
-    All [T] float32. With one update a batch the old weights are the present ones: r is 1 and its gradient that of the
-    log-probability.
+        r = p(token; theta) / p(token; theta_old)        surrogate = min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
 
-    Source: PPO (Schulman et al. 2017), Eq. 7; the two ε of DAPO (Yu et al. 2025), Eq. 10.
+    Args:
+        logprobs: [T], with gradient. old_logprobs: [T] before the batch's first update; with one update a batch it is
+            ``logprobs.detach()``, r is 1 and its gradient that of log p.
+        advantages: [T].
+
+    Returns:
+        surrogate [T], and where the clip cut the gradient [T] bool.
     """
-    ratio = torch.exp(logprobs - old_logprobs)
-    return torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    ratio = (logprobs - old_logprobs.detach()).clamp(max=MAX_LOG_RATIO).exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    is_clipped = ((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))
+    return surrogate, is_clipped.detach()

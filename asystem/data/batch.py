@@ -1,7 +1,8 @@
-"""What the controller hands to the trainers: references, lengths and advantages, no token arrays."""
+"""What the controller hands to the trainers: ids, counts, rewards and references, no arrays."""
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, replace
 
 from asystem.types import Ref, Trajectory
@@ -9,9 +10,11 @@ from asystem.types import Ref, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """One rollout to train on: its trajectory is ``ref``'s list at ``row``.
+    """One rollout to train on. Its arrays are ``ref``'s list at ``row``.
 
-    A rollout with an ``error`` has no reward; its advantage is 0 and it counts nowhere in the loss.
+    Attributes:
+        prompt_length, length: tokens of the prompt and of the response.
+        error: why there is no reward; such a row has advantage 0.
     """
 
     ref: Ref[list[Trajectory]]
@@ -20,18 +23,20 @@ class BatchRow:
     group: int
     prompt: int
     prompt_length: int
-    length: int  # response tokens
+    length: int
     reward: float
     advantage: float
-    error: str | None
+    error: str | None = None
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """The rollouts of one step. The counts are those of the whole batch, also in a part of it.
+    """Rows of one optimizer step's global batch: all of them, or one rank's part.
 
     Attributes:
-        version: weights that train on it. num_tokens: response tokens. num_rollouts: rollouts; both without failed ones.
+        version: of the weights that this batch updates.
+        num_tokens, num_rollouts: response tokens and rows of the *global* batch; parts keep them, because losses are
+            divided by them.
     """
 
     rows: list[BatchRow]
@@ -40,25 +45,13 @@ class Batch:
     num_rollouts: int
 
     def split(self, parts: int) -> list[Batch]:
-        """Cuts into parts balanced by tokens, longest rollout first; a part is empty when rollouts are too few."""
-        shares: list[list[BatchRow]] = [[] for _ in range(parts)]
-        tokens = [0] * parts
-        for row in sorted(self.rows, key=lambda row: (-row.prompt_length - row.length, row.rollout)):
-            lightest = tokens.index(min(tokens))
-            shares[lightest].append(row)
-            tokens[lightest] += row.prompt_length + row.length
-        return [replace(self, rows=sorted(share, key=lambda row: row.rollout)) for share in shares]
-
-    def minibatches(self, count: int) -> list[Batch]:
-        """Cuts into ``count`` batches, whole groups each, every one with counts of its own."""
-        if count == 1:
-            return [self]
-        groups = list(dict.fromkeys(row.group for row in self.rows))
-        cuts = [set(groups[i::count]) for i in range(count)]
-        return [batch_of([row for row in self.rows if row.group in cut], self.version) for cut in cuts if cut]
-
-
-def batch_of(rows: list[BatchRow], version: int) -> Batch:
-    """A batch of these rows, counted."""
-    good = [row for row in rows if row.error is None]
-    return Batch(rows, version, num_tokens=sum(row.length for row in good), num_rollouts=len(good))
+        """Cuts the rows into parts of nearly equal tokens, prompts included. With fewer rows than parts some are empty;
+        their ranks still take part in collectives."""
+        loads = [(0, part) for part in range(parts)]
+        chosen: list[list[int]] = [[] for _ in range(parts)]
+        cost = [row.prompt_length + row.length for row in self.rows]
+        for index in sorted(range(len(self.rows)), key=lambda i: (-cost[i], i)):
+            load, part = heapq.heappop(loads)
+            chosen[part].append(index)
+            heapq.heappush(loads, (load + cost[index], part))
+        return [replace(self, rows=[self.rows[index] for index in sorted(part)]) for part in chosen]

@@ -1,47 +1,66 @@
-"""Packed sequences: many samples on one token axis, cut into micro-batches by a token budget, never padded."""
+"""Samples packed one after another into micro-batches, without padding.
+
+    tokens     p0 p1 p2 y0 y1 | p0 y0 y1 y2          two sequences: prompt p, response y
+    labels     p1 p2 y0 y1 -- | y0 y1 y2 --          the next token of the same sequence
+    mask        .  .  x  x  . |  x  x  x  .          the label is a response token
+
+Everything about a token (advantage, sampled log-probability, weight, version) stands where it is the label.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from asystem.errors import DataError
 
-@dataclass(slots=True)
+NO_LABEL = -100  # torch's cross_entropy ignores it
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """A prompt and its response, with what the loss needs of each response token.
+    """One sequence to train on.
 
     Attributes:
-        prompt_tokens [P], tokens [T]: int32. logprobs [T]: float32 of the inference engine; zeros when supervised.
-        weight: of each of its tokens in the loss; the normaliser's business, made from counts of the whole batch.
+        prompt_tokens: [P], at least one. tokens: [R], the response, at least one: these are trained.
+        token_weight: each response token's weight in the loss (`algorithms.normalizers`).
+        advantage: of the response; unused by the supervised loss.
+        infer_logprobs: [R] as sampled; None (a demonstration) reads as 0.
+        versions: [R] weight version that sampled each token; None reads as -1.
+        rollout: its number; -1 for a demonstration.
     """
 
-    prompt_tokens: npt.NDArray[np.int32]
-    tokens: npt.NDArray[np.int32]
-    logprobs: npt.NDArray[np.float32]
-    weight: float
+    prompt_tokens: npt.ArrayLike
+    tokens: npt.ArrayLike
+    token_weight: float
     advantage: float = 0.0
+    infer_logprobs: npt.ArrayLike | None = None
+    versions: npt.ArrayLike | None = None
     rollout: int = -1
 
     @property
     def length(self) -> int:
-        return len(self.prompt_tokens) + len(self.tokens)
+        """Tokens of prompt and response."""
+        return np.size(self.prompt_tokens) + np.size(self.tokens)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Samples one after another on a token axis of length T. What stands at t is about the token at t + 1.
+    """N sequences in T tokens.
 
     Attributes:
-        tokens, positions: [T] int64. cu_seqlens: [N + 1] int32. max_seqlen: tokens of the longest sample.
-        labels: [T] int64, the next token of the same sample; 0 where there is none.
-        mask: [T] bool, True where the label is a response token. Prompts carry no loss.
-        logprobs, advantages, weights: [T] float32, 0 outside the mask.
-        rollouts: N rollout numbers.
+        tokens, positions: [T] int64. cu_seqlens: [N + 1] int32. max_seqlen: tokens of the longest sequence.
+        labels: [T] int64, the next token or -100. mask: [T] bool, true where the label is a response token.
+        label_rows: [M] int64, where the mask is true: the rows whose logits are needed.
+        infer_logprobs, advantages, token_weights: [T] float32, 0 where masked out. versions: [T] int32, -1 there.
+        sequence: [T] int32, the number of the sequence within this batch. rollouts: N numbers.
+        old_logprobs: [T] from before the batch's first update, when one batch makes several.
     """
 
     tokens: Tensor
@@ -50,77 +69,119 @@ class PackedBatch:
     max_seqlen: int
     labels: Tensor
     mask: Tensor
-    logprobs: Tensor
+    label_rows: Tensor
+    infer_logprobs: Tensor
     advantages: Tensor
-    weights: Tensor
+    token_weights: Tensor
+    versions: Tensor
+    sequence: Tensor
     rollouts: list[int]
+    old_logprobs: Tensor | None = None
 
-    def to(self, device: torch.device) -> PackedBatch:
-        """Itself on a device."""
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "positions", "cu_seqlens", "labels", "mask", "logprobs", "advantages", "weights")
-        }
-        return PackedBatch(max_seqlen=self.max_seqlen, rollouts=self.rollouts, **moved)
-
-    def per_sample(self, values: Tensor) -> list[Tensor]:
-        """Cuts values [T] into the response parts of each sample, each [its response's length]."""
-        starts = self.cu_seqlens.tolist()
-        spans = zip(starts[:-1], starts[1:], strict=True)
-        return [values[start:end][self.mask[start:end]] for start, end in spans]
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on ``device``."""
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in values.items():
+            values[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        return PackedBatch(**values)
 
 
-def pack(samples: Sequence[Sample], max_tokens: int) -> list[PackedBatch]:
-    """First-fit by falling length into micro-batches of at most ``max_tokens``, the fullest first.
+def pack(samples: Sequence[Sample], budget: int) -> list[PackedBatch]:
+    """Packs samples into as few micro-batches of at most ``budget`` tokens as first-fit-decreasing finds, evens them
+    out, and puts the largest first, so that what does not fit in memory fails at once.
 
-    The fullest first, so that memory fails at the first micro-batch or never. A sample that is longer than the budget
-    has a micro-batch of its own. Samples keep their order within a micro-batch.
+    A sequence longer than the budget gets a micro-batch of its own.
+
+    Raises:
+        DataError: an empty prompt or response, or arrays of unequal length, with the rollout's number.
     """
+    lengths = [_checked_length(sample) for sample in samples]
+    bins = sorted(plan_bins(lengths, budget), key=lambda rows: -sum(lengths[row] for row in rows))
+    return [pack_one([samples[row] for row in rows]) for rows in bins]
+
+
+def plan_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Which rows share a micro-batch: no bin over the budget but for single rows that are longer themselves."""
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     bins: list[list[int]] = []
-    filled: list[int] = []
-    for index in sorted(range(len(samples)), key=lambda i: (-samples[i].length, i)):
-        length = samples[index].length
-        fit = next((b for b, tokens in enumerate(filled) if tokens + length <= max_tokens), None)
+    loads: list[int] = []
+    for row in order:
+        fit = next((i for i, load in enumerate(loads) if load + lengths[row] <= budget), None)
         if fit is None:
             bins.append([])
-            filled.append(0)
+            loads.append(0)
             fit = len(bins) - 1
-        bins[fit].append(index)
-        filled[fit] += length
-    order = sorted(range(len(bins)), key=lambda b: (-filled[b], b))
-    return [_packed([samples[index] for index in sorted(bins[b])]) for b in order]
+        bins[fit].append(row)
+        loads[fit] += lengths[row]
+    return [sorted(rows) for rows in _evened(order, lengths, budget, len(bins)) or bins]
 
 
-def placeholder() -> PackedBatch:
-    """One token without loss: what a rank computes while others still have micro-batches and collectives to share."""
-    nothing = np.zeros(0, dtype=np.int32)
-    return _packed([Sample(np.zeros(2, dtype=np.int32), nothing, np.zeros(0, dtype=np.float32), 0.0)])
-
-
-def _packed(samples: list[Sample]) -> PackedBatch:
-    lengths = [sample.length for sample in samples]
+def pack_one(samples: Sequence[Sample]) -> PackedBatch:
+    """One micro-batch of all these samples, in their order."""
+    prompts = [np.asarray(sample.prompt_tokens, np.int64) for sample in samples]
+    responses = [np.asarray(sample.tokens, np.int64) for sample in samples]
+    tokens = np.concatenate([part for pair in zip(prompts, responses, strict=True) for part in pair])
+    lengths = np.array([sample.length for sample in samples])
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    tokens = np.concatenate([part for sample in samples for part in (sample.prompt_tokens, sample.tokens)])
-    total = len(tokens)
-    mask, logprobs, advantages, weights = (np.zeros(total, dtype=t) for t in (bool, *(np.float32,) * 3))
-    labels = np.zeros(total, dtype=np.int64)
-    for start, sample in zip(starts, samples, strict=False):
-        first = start + len(sample.prompt_tokens) - 1  # predicts the first response token
-        response = slice(first, first + len(sample.tokens))
-        labels[start : start + sample.length - 1] = tokens[start + 1 : start + sample.length]
-        mask[response] = True
-        logprobs[response] = sample.logprobs
-        advantages[response] = sample.advantage
-        weights[response] = sample.weight
+    labels = np.append(tokens[1:], NO_LABEL)
+    labels[starts[1:] - 1] = NO_LABEL
+    # Response token j of a sequence, at start + P + j, is the label of the row before it.
+    label_rows = np.concatenate(
+        [
+            np.arange(len(response)) + start + len(prompt) - 1
+            for start, prompt, response in zip(starts[:-1], prompts, responses, strict=True)
+        ]
+    )
+
+    def at_labels(values: Sequence[npt.ArrayLike], dtype: type[np.generic], default: float) -> Tensor:
+        """[T]: each sample's [R] values, or its one value for all R, where response tokens are the label."""
+        row = np.full(len(tokens), default, dtype)
+        row[label_rows] = np.concatenate([np.broadcast_to(v, len(r)) for v, r in zip(values, responses, strict=True)])
+        return torch.from_numpy(row)
+
     return PackedBatch(
-        tokens=torch.from_numpy(tokens.astype(np.int64)),
-        positions=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])),
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(np.arange(len(tokens)) - np.repeat(starts[:-1], lengths)),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
-        max_seqlen=max(lengths),
+        max_seqlen=int(lengths.max()),
         labels=torch.from_numpy(labels),
-        mask=torch.from_numpy(mask),
-        logprobs=torch.from_numpy(logprobs),
-        advantages=torch.from_numpy(advantages),
-        weights=torch.from_numpy(weights),
+        mask=at_labels([True] * len(samples), np.bool_, False),
+        label_rows=torch.from_numpy(label_rows),
+        infer_logprobs=at_labels([_or(s.infer_logprobs, 0.0) for s in samples], np.float32, 0.0),
+        advantages=at_labels([s.advantage for s in samples], np.float32, 0.0),
+        token_weights=at_labels([s.token_weight for s in samples], np.float32, 0.0),
+        versions=at_labels([_or(s.versions, -1) for s in samples], np.int32, -1),
+        sequence=torch.from_numpy(np.repeat(np.arange(len(samples), dtype=np.int32), lengths)),
         rollouts=[sample.rollout for sample in samples],
     )
+
+
+def _or(values: npt.ArrayLike | None, default: float) -> npt.ArrayLike:
+    return default if values is None else values
+
+
+def _evened(order: Sequence[int], lengths: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
+    """The same number of bins, each row to the emptiest; None if one then overflows."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for row in order:
+        emptiest = loads.index(min(loads))
+        if bins[emptiest] and loads[emptiest] + lengths[row] > budget:
+            return None
+        bins[emptiest].append(row)
+        loads[emptiest] += lengths[row]
+    return bins
+
+
+def _checked_length(sample: Sample) -> int:
+    num_prompt, num_response = np.size(sample.prompt_tokens), np.size(sample.tokens)
+    if not num_prompt or not num_response:
+        raise DataError(
+            f"rollout {sample.rollout} has {num_prompt} prompt and {num_response} response tokens; "
+            "each needs at least 1"
+        )
+    for name in ("infer_logprobs", "versions"):
+        values = getattr(sample, name)
+        if values is not None and np.shape(values) != (num_response,):
+            raise DataError(f"rollout {sample.rollout}: {name} {np.shape(values)} for {num_response} response tokens")
+    return num_prompt + num_response
