@@ -1,7 +1,285 @@
-"""Placeholder."""
+"""From torchrun's one process a node to one Ray cluster, with the controller on node 0.
+
+    node 0   ray head ──address, token──▶ store ◀── wait ── node k ▶ ray node ──joined──▶ store
+             controller runs; every node beats once a second, and watches the others' beats
+             ──done or failed──▶ store ──▶ node k stops its Ray processes, and ends likewise
+
+The store is the one that torchrun's rendezvous has made. When any node's process dies, all nodes end with an error.
+"""
+
 from __future__ import annotations
-from collections.abc import Iterator
+
+import _thread
+import ctypes
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from asystem.config import RuntimeConfig
+from asystem.errors import ConfigError, WorkerError, WorkerTimeout
+from asystem.spmd.runtimes.cluster import NODE_RESOURCE, new_temp_dir, remove_temp_dir, token_environment
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+BEAT_SECONDS = 1.0
+LOST_SECONDS = 30.0  # without a beat, a node counts as lost
+DONE, FAILED = b"done", b"failed"
+
+
 @contextmanager
-def bootstrap() -> Iterator[bool]:
-    yield True
+def bootstrap(config: RuntimeConfig | None = None) -> Iterator[bool]:
+    """Yields whether this process is the controller; on other nodes, it yields when the controller is through.
+
+    Without torchrun, or with one node, this process is the controller and nothing else happens. Otherwise the
+    controller finds RAY_ADDRESS set, so that `make_runtime` joins the cluster of all nodes.
+
+    Raises:
+        ConfigError: torchrun has started several processes on a node.
+        WorkerTimeout: a node did not come within `runtime.start_seconds`.
+        WorkerError: a node was lost, or the controller failed.
+    """
+    nodes = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if nodes == 1:
+        yield True
+        return
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        raise ConfigError("torchrun has started several processes a node: use --nproc-per-node=1, ranks come from Ray")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is below cleans up
+    node = _Node(int(os.environ["RANK"]), nodes, config or RuntimeConfig())
+    try:
+        if node.rank == 0:
+            with node.controlling():
+                yield True
+        else:
+            node.follow()
+            yield False
+    finally:
+        node.stop_ray()
+
+
+class _Node:
+    """One node of the cluster to be, and its Ray processes."""
+
+    def __init__(self, rank: int, num_nodes: int, config: RuntimeConfig) -> None:
+        self.rank, self.num_nodes, self.config = rank, num_nodes, config
+        self.store = _rendezvous(config.start_seconds)
+        self.temp_dir = new_temp_dir()
+        self._ray: subprocess.Popen[bytes] | None = None
+        self._beats = 0
+        self._seen = {peer: (b"", time.monotonic()) for peer in (range(1, num_nodes) if rank == 0 else [0])}
+
+    @contextmanager
+    def controlling(self) -> Iterator[None]:
+        """Node 0: the cluster stands inside of it; leaving it tells the others how the run has ended."""
+        outcome = FAILED
+        try:
+            self._start_head()
+            with self._watching() as lost:
+                try:
+                    yield
+                except KeyboardInterrupt:
+                    if not lost:
+                        raise
+            if lost:
+                raise lost[0]
+            outcome = DONE
+        finally:
+            self._dismiss(outcome)
+
+    def follow(self) -> None:
+        """Other nodes: join, and stay until node 0 is through."""
+        self._join()
+        while not self.store.check(["outcome"]):
+            self._beat()
+            time.sleep(BEAT_SECONDS)
+        outcome = self.store.get("outcome")
+        self.store.set(f"left/{self.rank}", b"")
+        if outcome == FAILED:
+            raise self._error(0, "run", "the controller failed; its output says why")
+
+    def stop_ray(self) -> None:
+        """Ends this node's Ray processes, and no others on the machine, as ``ray stop`` would."""
+        if self._ray is not None and self._ray.poll() is None:
+            os.killpg(self._ray.pid, signal.SIGTERM)
+            try:
+                self._ray.wait(timeout=15)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._ray.pid, signal.SIGKILL)
+        remove_temp_dir(self.temp_dir)
+
+    def _start_head(self) -> None:
+        address, token = _own_address(os.environ["MASTER_ADDR"]), secrets.token_hex(32)
+        port = _free_port(address)
+        os.environ.update(token_environment(token))
+        self._start_ray(["--head", f"--port={port}", f"--node-ip-address={address}", "--include-dashboard=false"])
+        self.store.set("joined/0", socket.gethostname().encode())
+        self.store.set("cluster", json.dumps({"address": f"{address}:{port}", "token": token}).encode())
+        os.environ["RAY_ADDRESS"] = f"{address}:{port}"
+        for peer in range(1, self.num_nodes):
+            self._await(f"joined/{peer}", peer, "join")
+        self._seen = {peer: (b"", time.monotonic()) for peer in self._seen}
+
+    def _join(self) -> None:
+        cluster = json.loads(self._await("cluster", 0, "start"))
+        os.environ.update(token_environment(cluster["token"]))
+        host, port = cluster["address"].rsplit(":", 1)
+        own = _address_towards(host, int(port))
+        self._start_ray([f"--address={cluster['address']}", f"--node-ip-address={own}"])
+        self.store.set(f"joined/{self.rank}", socket.gethostname().encode())
+
+    def _start_ray(self, options: list[str]) -> None:
+        log = self.temp_dir / "start.log"
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *options]
+        command += [f"--temp-dir={self.temp_dir}"] if "--head" in options else []
+        command += [f"--object-store-memory={self.config.object_store_bytes}", *_random_ports()]
+        command += [f"--resources={json.dumps({f'{NODE_RESOURCE}{self.rank}': 1})}"]
+        with log.open("wb") as output:
+            self._ray = subprocess.Popen(
+                command, stdout=output, stderr=output, start_new_session=True, preexec_fn=_die_with_parent()
+            )
+        self._wait_until(lambda: b"Ray runtime started" in log.read_bytes(), self.rank, "start", log)
+
+    def _await(self, key: str, peer: int, phase: str) -> bytes:
+        self._wait_until(lambda: bool(self.store.check([key])), peer, phase)
+        return bytes(self.store.get(key))
+
+    def _wait_until(self, condition: Callable[[], bool], peer: int, phase: str, log: Path | None = None) -> None:
+        limit = self.config.start_seconds
+        end = time.monotonic() + limit
+        while not condition():
+            if self._ray is not None and self._ray.poll() is not None:
+                raise self._error(self.rank, phase, f"Ray ended with code {self._ray.returncode}{_tail(log)}")
+            if peer != self.rank and peer == 0 and self.store.check(["outcome"]):
+                raise self._error(0, phase, "it failed; its output says why")
+            if time.monotonic() > end:
+                reason = f"no sign within runtime.start_seconds={limit:g} s{_tail(log)}"
+                raise WorkerTimeout("nodes", peer, _host(self.store, peer), phase, reason)
+            time.sleep(0.1)
+
+    @contextmanager
+    def _watching(self) -> Iterator[list[WorkerError]]:
+        """A thread beats and watches; it interrupts the main thread when a node is lost."""
+        lost: list[WorkerError] = []
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(BEAT_SECONDS):
+                try:
+                    self._beat()
+                except WorkerError as error:
+                    lost.append(error)
+                    return _thread.interrupt_main()
+
+        thread = threading.Thread(target=watch, name="nodes", daemon=True)
+        thread.start()
+        try:
+            yield lost
+        finally:
+            stop.set()
+            thread.join()
+
+    def _beat(self) -> None:
+        """One sign of life, and a look at those of the peers.
+
+        Raises:
+            WorkerError: a peer has given none for `LOST_SECONDS`, has said that it ends, or Ray has ended here.
+        """
+        if self._ray is not None and self._ray.poll() is not None:
+            self._send(f"lost/{self.rank}", b"its Ray processes ended")
+            raise self._error(self.rank, "run", f"its Ray processes ended with code {self._ray.returncode}")
+        self._beats += 1
+        self._send(f"beat/{self.rank}", str(self._beats).encode())
+        for peer, (beat, when) in self._seen.items():
+            if self.store.check([f"lost/{peer}"]):
+                raise self._error(peer, "run", self.store.get(f"lost/{peer}").decode())
+            now = self.store.get(f"beat/{peer}") if self.store.check([f"beat/{peer}"]) else b""
+            if now != beat:
+                self._seen[peer] = (now, time.monotonic())
+            elif time.monotonic() - when > LOST_SECONDS:
+                raise self._error(peer, "run", f"no sign of life for {LOST_SECONDS:g} s")
+
+    def _send(self, key: str, value: bytes) -> None:
+        try:
+            self.store.set(key, value)
+        except RuntimeError:  # what torch raises when the store's server is gone
+            raise self._error(0, "run", "torchrun's store is gone: its process on node 0 has ended") from None
+
+    def _dismiss(self, outcome: bytes) -> None:
+        """Tells the other nodes that the run is over, and gives them time to read it before the store is gone."""
+        self.store.set("outcome", outcome)
+        end = time.monotonic() + 10 * BEAT_SECONDS
+        peers = [f"left/{peer}" for peer in range(1, self.num_nodes) if self.store.check([f"joined/{peer}"])]
+        while time.monotonic() < end and not all(self.store.check([peer]) for peer in peers):
+            time.sleep(0.1)
+
+    def _error(self, peer: int, phase: str, reason: str) -> WorkerError:
+        return WorkerError("nodes", peer, _host(self.store, peer), phase, reason)
+
+
+def _rendezvous(seconds: float) -> Store:
+    from torch.distributed import PrefixStore, rendezvous
+
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    return PrefixStore("asystem", store)
+
+
+def _host(store: Store, peer: int) -> str:
+    try:
+        return store.get(f"joined/{peer}").decode() if store.check([f"joined/{peer}"]) else f"node {peer}"
+    except RuntimeError:
+        return f"node {peer}"
+
+
+def _own_address(master: str) -> str:
+    """The address of node 0 under which torchrun's other nodes have found it."""
+    address = socket.gethostbyname(master)
+    with socket.socket() as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:  # behind a translated address
+            return socket.gethostbyname(socket.gethostname())
+    return address
+
+
+def _address_towards(host: str, port: int) -> str:
+    """The address of this machine on the network where ``host`` is."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def _free_port(address: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
+
+
+def _random_ports() -> list[str]:
+    """So that several nodes fit on one machine."""
+    options = ("min-worker-port", "max-worker-port", "node-manager-port", "object-manager-port")
+    return [f"--{option}=0" for option in (*options, "dashboard-agent-listen-port")]
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """Lets Linux end Ray when this process is killed without a chance to clean up."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None)
+    return lambda: library.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _tail(log: Path | None) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines() if log is not None and log.exists() else []
+    return f": {' | '.join(lines[-5:])}" if lines else ""

@@ -110,7 +110,8 @@ async def _timed(call: Coroutine[Any, Any, Any]) -> Reply:
     try:
         return Reply(await call, None, start, time.time())
     except Exception as error:
-        trace = "".join(traceback.format_exception(error)[-6:]).rstrip()
+        frames = error.__traceback__ and error.__traceback__.tb_next and error.__traceback__.tb_next.tb_next
+        trace = "".join(traceback.format_exception(type(error), error, frames)[-8:]).rstrip()
         return Reply(None, Failure(_one_line(error), trace, error), start, time.time())
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-NODE_RESOURCE = "asystem_node:"  # + the node's rank: the custom resource by which bootstrapped nodes are told apart
+NODE_RESOURCE = "asystem_node_"  # + the node's rank: the custom resource by which bootstrapped nodes are told apart
 _LONGEST_TEMP_DIR = 36  # Ray appends up to 70 characters, and a Unix socket's path ends at 107
 
 
@@ -21,7 +22,7 @@ def prepare_environment() -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its default from 2.60 on, without its warning
-    if "RAY_ADDRESS" not in os.environ and "RAY_AUTH_MODE" not in os.environ:
+    if not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & os.environ.keys() and "ray" not in sys.modules:
         os.environ.update(token_environment(secrets.token_hex(32)))
 
 

@@ -32,6 +32,9 @@ from asystem.spmd.runtime import OnCall
 from asystem.spmd.runtimes.cluster import choose_node, identity, new_temp_dir, remove_temp_dir
 
 
+_RAY_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines by which Ray marks its log files
+
+
 class SharedMemory:
     """Ray's object store: one copy a node, read in place."""
 
@@ -51,7 +54,7 @@ class RankActor:
         # Before torch is imported, which unpickling the worker's type will do. A rank that owns a GPU sees no other.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0" if owns_gpu else str(rank))
         os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__)
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=False)
         store.use(SharedMemory())
         self.loop = asyncio.new_event_loop()
 
@@ -117,7 +120,8 @@ class RayRank:
             os.kill(self.where.pid, signal.SIGUSR1)  # the actor writes where each of its threads stands
             time.sleep(0.2)
         lines = path.read_bytes()[size if hanging else 0 :].decode(errors="replace").strip().splitlines()
-        return "\n".join(lines[:20] if hanging else lines[-12:])
+        lines = [line for line in lines if not line.startswith(_RAY_OWN)]
+        return "\n".join(lines[:12] if hanging else lines[-12:])
 
     def _reply(self, ref: Any) -> asyncio.Future[Reply]:
         loop = asyncio.get_running_loop()
@@ -136,7 +140,8 @@ class RayRank:
             lines = str(error).strip().splitlines() or [""]
             return Failure(f"{type(error).__name__}: {lines[-1][:300]}", str(error)[-3000:])
         pid = f" (pid {self.where.pid})" if self.where.pid else ""
-        cause = "it ran out of memory" if "OOM" in str(error) else "killed from outside, or crashed"
+        starved = "running low on memory" in str(error)
+        cause = "its node ran out of memory" if starved else "killed, say for want of memory, or crashed"
         return Failure(f"its process{pid} died: {cause}")
 
 
