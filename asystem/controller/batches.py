@@ -7,7 +7,7 @@ from statistics import fmean
 
 import torch
 
-from asystem.algorithms.advantages import group_advantages
+from asystem.algorithms import group_advantages
 from asystem.config import Config
 from asystem.data.batch import Batch, BatchRow
 from asystem.errors import RewardError
@@ -33,7 +33,8 @@ def build_batch(config: Config, window: Window, scores: dict[int, Score], versio
     for group in window.purged:
         for rollout in group.finished:
             scores.pop(rollout.rollout, None)
-    return Batch(rows, version, num_tokens=sum(row.length for row in rows), num_rollouts=len(rows))
+    good = [row for row in rows if row.error is None]
+    return Batch(rows, version, num_tokens=sum(row.length for row in good), num_rollouts=len(good))
 
 
 def _group_rows(config: Config, group: Group, scores: dict[int, Score]) -> list[BatchRow]:

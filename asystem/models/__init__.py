@@ -2,7 +2,7 @@
 
 from asystem.models.attention import PackedAttention
 from asystem.models.decoder import Attend, Block, Decoder, init_weights
-from asystem.models.hf import from_hf_state, load_model, save_model, to_hf_state
+from asystem.models.hf import check_folder, from_hf_state, load_model, save_model, to_hf_state
 from asystem.models.spec import ModelSpec, RopeScaling, read_spec, spec_from_config, spec_from_hf, spec_to_hf
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "ModelSpec",
     "PackedAttention",
     "RopeScaling",
+    "check_folder",
     "from_hf_state",
     "init_weights",
     "load_model",

@@ -123,20 +123,14 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
     Raises:
         ModelError: a missing, truncated or corrupt file, a missing, extra or misshapen tensor, an unsupported model.
     """
-    spec = read_spec(path)
-    files = _weight_files(Path(path))
+    spec, found = check_folder(path)
     table = layout(spec)
-    found: dict[str, Path] = {}
-    for file, names in files.items():
-        found |= dict.fromkeys(_check_header(file, names, spec, table), file)
-    _check_names(str(path), found.keys(), table.keys() | ({TIED_HEAD} & found.keys() if spec.tie_embeddings else set()))
-
     with torch.device("meta"):
         model = Decoder(spec)
     model.to(dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for file in files:
+        for file in dict.fromkeys(found.values()):
             with _opened(file) as shard:
                 for name in shard.keys() & table.keys():
                     place = table[name]
@@ -146,6 +140,21 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
             embedding = model.embed.weight.detach().cpu()
             _check_tied(shard.get_tensor(TIED_HEAD).to(dtype), embedding, str(found[TIED_HEAD]))
     return model
+
+
+def check_folder(path: str | Path) -> tuple[ModelSpec, dict[str, Path]]:
+    """Reads the config and the headers of all weight files, no weights: the spec, and which file holds which tensor.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    spec = read_spec(path)
+    table = layout(spec)
+    found: dict[str, Path] = {}
+    for file, names in _weight_files(Path(path)).items():
+        found |= dict.fromkeys(_check_header(file, names, spec, table), file)
+    _check_names(str(path), found.keys(), table.keys() | ({TIED_HEAD} & found.keys() if spec.tie_embeddings else set()))
+    return spec, found
 
 
 def save_model(
@@ -329,4 +338,4 @@ def _check_tied(head: Tensor, embedding: Tensor | None, where: str) -> None:
         )
 
 
-__all__ = ["Place", "from_hf_state", "layout", "load_model", "parameter_shapes", "save_model", "to_hf_state"]
+__all__ = ["Place", "check_folder", "from_hf_state", "layout", "load_model", "parameter_shapes", "save_model", "to_hf_state"]

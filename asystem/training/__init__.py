@@ -1,6 +1,7 @@
-"""The training engine: packed micro-batches in, one optimizer step out, on one process or under FSDP2."""
+"""Training: packed micro-batches, FSDP2 over ranks, float32 masters, checkpoints. `engine.TrainEngine` is the way in."""
 
-from asystem.training.engine import LossFunction, TrainEngine
-from asystem.training.losses import supervised_loss
+from asystem.training.checkpoint import prune_checkpoints
+from asystem.training.engine import TrainEngine
+from asystem.training.losses import LossFn, supervised_loss
 
-__all__ = ["LossFunction", "TrainEngine", "supervised_loss"]
+__all__ = ["LossFn", "TrainEngine", "prune_checkpoints", "supervised_loss"]

@@ -1,83 +1,103 @@
-"""Checkpoints of training state through torch.distributed.checkpoint: sharded, loadable at another number of ranks."""
+"""Checkpoints: torch.distributed.checkpoint's files, whole or not at all, and checked before they are read.
+
+    step-000040/  manifest.json       every file's size, every tensor's shape, and what is no tensor
+                  .metadata           torch.distributed.checkpoint's own
+                  __0_0.distcp ...    shards, at least one a rank
+
+They are written to `.step-000040.partial` and renamed, so that a folder with a proper name is complete. Ranks on several
+hosts must see one file system. The number of ranks may differ between saving and loading.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
 
-from asystem.errors import ModelError
+from asystem.errors import ModelError, nearest
+
+MANIFEST = "manifest.json"
 
 
-def save_checkpoint(
-    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler, folder: Path, extra: dict[str, Any]
-) -> None:
-    """Writes beside ``folder`` and renames at the end, so that a kill leaves the former checkpoint or the whole new one.
-
-    All ranks call it together.
-    """
-    partial = folder.with_name(folder.name + ".partial")
-    if _rank() == 0:
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], extra: dict[str, Any], *, world_size: int) -> None:
+    """Writes tensors (whole, or DTensors) and a JSON object. Every rank calls it; an older ``folder`` is replaced."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    is_first = world_size == 1 or dist.get_rank() == 0
+    if is_first:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _barrier()
-    weights, moments = get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments, "schedule": schedule.state_dict(), "extra": extra}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that without a process group one process saves: as meant
-        dcp.save(state, checkpoint_id=partial)
-    _barrier()
-    if _rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    _barrier()
+    _barrier(world_size)
+    dcp.save(dict(tensors), checkpoint_id=partial, no_dist=world_size == 1)
+    _barrier(world_size)
+    if is_first:
+        manifest = {
+            "files": {path.name: path.stat().st_size for path in sorted(partial.iterdir())},
+            "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
+            "extra": extra,
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _replace(partial, folder)
+    _barrier(world_size)
 
 
-def load_checkpoint(
-    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: LRScheduler, folder: Path
-) -> dict[str, Any]:
-    """Reads a checkpoint into model, optimizer and schedule, in place; returns its ``extra``.
+def load_checkpoint(folder: Path, tensors: dict[str, Tensor], *, world_size: int) -> dict[str, Any]:
+    """Fills ``tensors`` in place and returns the JSON object. Every rank calls it.
 
     Raises:
-        ModelError: the folder is missing, a file of it is missing or truncated, or it is of another model.
+        ModelError: no checkpoint there, a missing or truncated file, or tensors of another model; nothing is changed.
     """
-    if not (folder / ".metadata").is_file():
-        raise ModelError(f"{folder} is no complete checkpoint: it has no .metadata; choose another step's folder")
-    weights, moments = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": weights, "optimizer": moments, "schedule": schedule.state_dict(), "extra": {}}
-    names = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    state["extra"] = {name.removeprefix("extra."): None for name in names if name.startswith("extra.")}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(state, checkpoint_id=folder)
-    except Exception as error:  # torch wraps whatever a rank met: a missing key, a size, a file that ends early
-        raise ModelError(f"checkpoint {folder} cannot be loaded: {str(error).strip().splitlines()[-1]}") from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    extra: dict[str, Any] = state["extra"]
+    manifest = _read_manifest(folder)
+    for name, size in manifest["files"].items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} of {size} bytes"
+            raise ModelError(f"checkpoint {folder}: {name} {state}; restore it or resume from an earlier checkpoint")
+    saved = {name: tuple(shape) for name, shape in manifest["tensors"].items()}
+    for name, tensor in tensors.items():
+        if name not in saved:
+            raise ModelError(f"checkpoint {folder} has no {name}{nearest(name, saved)}; it is of another model")
+        if saved[name] != tuple(tensor.shape):
+            raise ModelError(f"checkpoint {folder}: {name} is {saved[name]}, the model's is {tuple(tensor.shape)}")
+    if unknown := sorted(saved.keys() - tensors.keys()):
+        raise ModelError(f"checkpoint {folder} has {unknown[0]}, which the model has not; it is of another model")
+    dcp.load(dict(tensors), checkpoint_id=folder, no_dist=world_size == 1)
+    extra: dict[str, Any] = manifest["extra"]
     return extra
 
 
-def prune_checkpoints(folder: Path, keep_last: int) -> None:
-    """Deletes all but the newest ``keep_last`` of the step-… folders."""
-    steps = sorted(path for path in folder.glob("step-*") if path.is_dir() and path.suffix != ".partial")
-    for path in steps[: max(0, len(steps) - keep_last)]:
-        shutil.rmtree(path, ignore_errors=True)
+def prune_checkpoints(parent: Path, keep: int) -> None:
+    """Deletes all but the last ``keep`` of a folder's `step-*` checkpoints. One rank calls it."""
+    complete = sorted(path for path in parent.glob("step-*") if (path / MANIFEST).is_file())
+    for path in complete[: max(0, len(complete) - keep)]:
+        shutil.rmtree(path)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return {key: manifest[key] for key in ("files", "tensors", "extra")}
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is no complete checkpoint: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"checkpoint {folder}: {MANIFEST} cannot be read: {error}") from None
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
+def _replace(source: Path, target: Path) -> None:
+    """Renames a folder; one that has the name already steps aside first, and goes last."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(source, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _barrier(world_size: int) -> None:
+    if world_size > 1:
         dist.barrier()

@@ -1,143 +1,181 @@
-"""One optimizer step over packed micro-batches, on one process or sharded over ranks by FSDP2."""
+"""The training engine: packed micro-batches in, an optimizer step out; one process, or FSDP2 over ranks.
+
+    micro-batches -> forward -> loss_fn -> backward, adding up -> clip -> AdamW on float32 masters -> the model's weights
+
+Losses are already divided by counts of the global batch, so gradients add up, over micro-batches and over ranks, and
+are divided by nothing. Ranks run equally many micro-batches, because each forward is a collective: those with fewer add
+idle ones, whose gradient is 0.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from asystem.config import Schedule, TrainingConfig
-from asystem.data.packing import PackedBatch, placeholder
-from asystem.data.stats import Stats
+from asystem.data.packing import PackedBatch, Sample, pack_one
 from asystem.errors import TrainingError
 from asystem.models import Decoder
+from asystem.stats import Stats
 from asystem.training.checkpoint import load_checkpoint, save_checkpoint
-from asystem.training.optimizer import make_optimizer, schedule_factor
+from asystem.training.losses import LossFn
+from asystem.training.optimizer import MasterOptimizer
 from asystem.training.policy import Policy
-
-LossFunction = Callable[[PackedBatch, Tensor, Tensor], tuple[Tensor, Stats]]
-"""(micro-batch, log-probabilities [T], entropies [T]) -> its part of the loss of the whole batch, and metrics."""
+from asystem.training.schedule import LearningRate
 
 
 class TrainEngine:
-    """Holds float32 master weights, AdamW's moments and the step count.
+    """Trains a decoder in place. With several ranks, each makes one, with equal weights, and every call is collective.
 
     Args:
-        model: whole, equal on all ranks; it is sharded in place when there are several.
-        device: where to compute. dtype: of the forward pass; reductions and weights stay float32.
-        world_size: ranks of the process group that is already formed.
-        temperature: that rollouts are sampled at.
+        model: its parameters become ``dtype`` (one rank) or float32 shards (FSDP2, computing in ``dtype``).
+        dtype: of forward and backward; master weights, gradients' sums and moments are float32.
+        world_size: ranks of the default process group, which stands already when more than 1.
+        total_steps: optimizer steps of the schedule.
+        temperature: of the distribution that log-probabilities are taken under; the one rollouts are sampled at.
     """
 
     def __init__(
         self,
         model: Decoder,
-        config: TrainingConfig,
+        cfg: TrainingConfig,
         *,
-        device: torch.device,
+        device: torch.device | str,
         dtype: torch.dtype = torch.float32,
         world_size: int = 1,
-        total_steps: int = 1,
+        total_steps: int,
         temperature: float = 1.0,
     ) -> None:
-        self.config, self.device, self.dtype, self.world_size = config, device, dtype, world_size
-        self.model = model
+        self.cfg, self.device, self.world_size = cfg, torch.device(device), world_size
+        self.rank = dist.get_rank() if world_size > 1 else 0
+        self.model = model.to(self.device)
         self.policy = Policy(model, temperature)
+        masters = {name: p.detach().clone() for name, p in model.named_parameters() if dtype is not torch.float32}
         if world_size > 1:
-            for block in model.layers:
-                fully_shard(block)
-            fully_shard(self.policy)
-        self._bad_steps = 0
-        self.start_phase(config.lr, config.schedule, config.lr_warmup_steps, total_steps)
+            masters = {}
+            _shard(self.policy, self.device, dtype, world_size)
+        else:
+            model.to(dtype)
+        self.optimizer = MasterOptimizer(dict(model.named_parameters()), masters, cfg)
+        self.start_phase(cfg.lr, cfg.schedule, cfg.lr_warmup_steps, total_steps)
 
     def start_phase(self, lr: float, schedule: Schedule, warmup_steps: int, total_steps: int) -> None:
-        """Begins with fresh moments and a fresh schedule (after the supervised warm-up, say)."""
-        self.optimizer = make_optimizer(self.policy, self.config, lr)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, schedule_factor(schedule, warmup_steps, total_steps)
-        )
+        """Starts a schedule at its step 0 with fresh moments, as between supervised warm-up and RL."""
+        self.lr = LearningRate(lr, schedule, warmup_steps, total_steps)
+        self.steps = 0  # of this phase, skipped ones counted
+        self.bad_steps = 0  # in a row
+        self.optimizer.reset()
 
     @torch.no_grad()
-    def logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[Tensor]:
-        """Log-probabilities [T] of each micro-batch's labels under the present weights."""
-        outs = []
-        for batch in self._in_step(micro_batches):
-            with self._autocast():
-                outs.append(self.policy(batch)[0])
-        return outs[: len(micro_batches)]
+    def logprobs(self, micro: Sequence[PackedBatch]) -> list[Tensor]:
+        """Log-probabilities of the response tokens of each micro-batch, [T] float32 on the device, 0 elsewhere."""
+        results = [self.policy(packed.to(self.device))[0] for packed in self._padded(micro)]
+        if isinstance(self.policy, FSDPModule):
+            self.policy.reshard()  # without a backward the root would keep these weights past the next update
+        return results[: len(micro)]
 
-    def step(self, micro_batches: Sequence[PackedBatch], loss_function: LossFunction) -> Stats:
-        """Forward and backward over all micro-batches, then one optimizer step.
+    def step(self, micro: Sequence[PackedBatch], loss_fn: LossFn) -> Stats:
+        """One optimizer step over all micro-batches of all ranks.
 
-        A gradient that is NaN or infinite skips the step: weights and moments stay as they were.
+        A gradient that is NaN or infinite is dropped and counted (`train/skipped`). Without any micro-batch on any rank
+        nothing happens.
+
+        Returns:
+            what ``loss_fn`` reported, `train/loss`, `train/grad_norm` (before clipping), `train/lr`, `train/skipped`
+            and `train/tokens` (prompts included); to be added up over ranks.
 
         Raises:
-            TrainingError: `training.max_bad_steps` steps in a row were skipped; names the rollouts of this one.
+            TrainingError: ``training.max_bad_steps`` steps in a row had such a gradient; names the rollouts.
         """
+        padded = self._padded(micro)
         stats = Stats()
-        for batch in self._in_step(micro_batches):
-            with self._autocast():
-                logprobs, entropy = self.policy(batch)
-            loss, metrics = loss_function(batch, logprobs, entropy)
-            (loss * self.world_size).backward()  # FSDP2 averages over ranks; the loss is already the global batch's
-            stats += metrics
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.clip_norm)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if math.isfinite(grad_norm):
-            self.optimizer.step()
-            self.schedule.step()
-            self._bad_steps = 0
-            stats.add_max("train/grad_norm", grad_norm)
-        else:
-            self._skip(micro_batches)
-        self.optimizer.zero_grad(set_to_none=True)
-        stats.add_max("train/skipped", float(self._bad_steps > 0))
-        stats.add_max("train/lr", float(self.schedule.get_last_lr()[0]))
+        losses: list[Tensor] = []
+        for index, packed in enumerate(padded):
+            loss, part = self._forward(packed.to(self.device), loss_fn if index < len(micro) else _idle_loss)
+            (loss * self.world_size).backward()  # type: ignore[no-untyped-call]  # FSDP takes the mean over ranks
+            self.optimizer.collect_gradients()
+            losses.append(loss.detach())
+            stats += part
+        if padded:
+            self._finish_step(stats, float(torch.stack(losses).sum()), micro)
         return stats
 
-    def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
-        """Writes weights, moments and schedule into ``folder``, which appears whole or not at all."""
-        save_checkpoint(self.policy, self.optimizer, self.schedule, folder, extra or {})
+    def save(self, folder: Path) -> None:
+        """Writes masters, moments and the schedule's position; every rank calls it."""
+        extra = {"lr": asdict(self.lr), "steps": self.steps, "bad_steps": self.bad_steps}
+        save_checkpoint(Path(folder), self.optimizer.tensors(), extra, world_size=self.world_size)
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Reads a checkpoint in place, at any number of ranks; returns what was saved as ``extra``.
+    def load(self, folder: Path) -> None:
+        """Takes a checkpoint up; the next step is bit-equal to what it would have been.
 
         Raises:
-            ModelError: it is incomplete, or of another model.
+            ModelError: it is incomplete or of another model.
         """
-        return load_checkpoint(self.policy, self.optimizer, self.schedule, folder)
+        extra = load_checkpoint(Path(folder), self.optimizer.tensors(), world_size=self.world_size)
+        self.optimizer.publish()
+        self.lr = LearningRate(**(extra["lr"] | {"schedule": Schedule(extra["lr"]["schedule"])}))
+        self.steps, self.bad_steps = extra["steps"], extra["bad_steps"]
 
-    def _skip(self, micro_batches: Sequence[PackedBatch]) -> None:
-        self._bad_steps += 1
-        if self._bad_steps >= self.config.max_bad_steps:
-            rollouts = sorted(rollout for batch in micro_batches for rollout in batch.rollouts)
+    def _forward(self, packed: PackedBatch, loss_fn: LossFn) -> tuple[Tensor, Stats]:
+        logprobs, entropy = self.policy(packed)
+        return loss_fn(packed, logprobs, entropy)
+
+    def _padded(self, micro: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """As many micro-batches as the rank with the most has."""
+        if self.world_size == 1:
+            return list(micro)
+        count = torch.tensor(len(micro), device=self.device)
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        idle = pack_one([Sample(prompt_tokens=[0], tokens=[0])])
+        return [*micro, *[idle] * (int(count) - len(micro))]
+
+    def _finish_step(self, stats: Stats, loss: float, micro: Sequence[PackedBatch]) -> None:
+        lr = self.lr.at(self.steps)
+        norm = self.optimizer.step(lr, self.cfg.clip_norm)
+        is_bad = not math.isfinite(norm)
+        self.steps += 1
+        self.bad_steps = self.bad_steps + 1 if is_bad else 0
+        # What is the same on all ranks is told by the first, so that adding ranks up leaves it right.
+        told = float(self.rank == 0)
+        good = told * (not is_bad)
+        stats.add_mean("train/loss", 0.0 if is_bad else loss, good)  # ranks' parts add up to the batch's loss
+        stats.add_mean("train/grad_norm", norm * good if good else 0.0, good)
+        stats.add_mean("train/lr", lr * told, told)
+        stats.add_sum("train/skipped", told * is_bad)
+        stats.add_sum("train/tokens", float(sum(len(packed.tokens) for packed in micro)))
+        if self.bad_steps >= self.cfg.max_bad_steps:
+            rollouts = sorted(rollout for packed in micro for rollout in packed.rollouts)
             raise TrainingError(
-                f"the gradient was NaN or infinite in {self._bad_steps} steps in a row "
-                f"(training.max_bad_steps={self.config.max_bad_steps}); rollouts of this step: {rollouts[:16]}; "
-                "lower training.lr or training.clip_norm, or look at these rollouts' log-probabilities"
+                f"{self.bad_steps} steps in a row had a NaN or infinite gradient (training.max_bad_steps="
+                f"{self.cfg.max_bad_steps}); the last one trained rollouts {_shortened(rollouts)}. "
+                "Look at them in rollouts/ and at mismatch/*; a lower training.lr is the usual remedy"
             )
 
-    def _in_step(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """The micro-batches on the device, and placeholders up to the number that the busiest rank has.
 
-        Every forward and backward is a collective under FSDP2, so all ranks must make equally many.
-        """
-        batches = [batch.to(self.device) for batch in micro_batches]
-        if self.world_size > 1:
-            count = torch.tensor(len(batches), device=self.device)
-            dist.all_reduce(count, dist.ReduceOp.MAX)
-            batches += [placeholder().to(self.device) for _ in range(int(count) - len(batches))]
-        return batches
+def _shard(policy: Policy, device: torch.device, dtype: torch.dtype, world_size: int) -> None:
+    """FSDP2: a unit for each block, and one for embedding, norm and head."""
+    policy.float()
+    mesh = init_device_mesh(device.type, (world_size,))
+    # Inputs are not cast, so that rotary tables stay float32, as in decoding.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in policy.decoder.layers:
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype is torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+
+def _idle_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
+    """A gradient of 0 for every parameter: ranks must agree on which parameters have one."""
+    return logprobs.sum() * 0.0, Stats()
+
+
+def _shortened(numbers: Sequence[int], most: int = 20) -> str:
+    shown = ", ".join(str(number) for number in numbers[:most])
+    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"

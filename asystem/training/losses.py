@@ -1,16 +1,23 @@
-"""Losses that need no reinforcement."""
+"""What a training step minimises."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
 from asystem.data.packing import PackedBatch
-from asystem.data.stats import Stats
+from asystem.stats import Stats
+
+# (micro-batch, log-probabilities [T] with gradient, entropies [T]) -> its part of the batch's loss, and metrics.
+# Parts add up: they are divided by counts of the global batch, never by their own.
+LossFn = Callable[[PackedBatch, Tensor, Tensor], tuple[Tensor, Stats]]
 
 
-def supervised_loss(batch: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
-    """Cross-entropy on the response tokens, each with its weight in the batch: logprobs, entropy [T] -> scalar."""
-    loss = -(logprobs * batch.weights).sum()
+def supervised_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
+    """Cross-entropy of the response tokens, weighted by ``packed.token_weights``."""
     stats = Stats()
-    stats.add_sum("train/loss", float(loss.detach()))
-    return loss, stats
+    num_tokens = len(packed.label_rows)
+    stats.add_mean("train/entropy", float(entropy.sum()), num_tokens)
+    stats.add_mean("train/logprob_mean", float(logprobs.detach().sum()), num_tokens)
+    return -(packed.token_weights * logprobs).sum(), stats

@@ -1,37 +1,96 @@
-"""AdamW and the learning rate's schedule."""
+"""AdamW over float32 master weights, whatever dtype the model computes in."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from asystem.config import Schedule, TrainingConfig
-
-
-def make_optimizer(model: nn.Module, config: TrainingConfig, lr: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); norms and biases do not decay."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=config.betas, eps=config.eps)
+from asystem.config import TrainingConfig
 
 
-def schedule_factor(kind: Schedule, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """The factor on the learning rate of step 0, 1, …: a linear rise over ``warmup_steps``, then the schedule to 0."""
+class MasterOptimizer:
+    """Master weights and moments of a model's parameters.
 
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        if kind is Schedule.linear:
-            return max(0.0, 1.0 - done)
-        if kind is Schedule.cosine:
-            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-        return 1.0
+    A float32 parameter (whole, or FSDP's shard) is its own master. One of lower precision has a float32 copy: gradients
+    of micro-batches add up there, and after a step the copy is rounded back into the very tensor that the model
+    holds, which others may read too.
 
-    return factor
+    Args:
+        params: the model's parameters by name.
+        masters: float32 values to start from where the parameters have already been rounded.
+    """
+
+    def __init__(self, params: dict[str, nn.Parameter], masters: dict[str, Tensor], cfg: TrainingConfig) -> None:
+        self.params = params
+        self.masters: dict[str, Tensor] = {
+            name: p if p.dtype is torch.float32 else masters[name].detach().float().clone().requires_grad_()
+            for name, p in params.items()
+        }
+        decayed = [p for p in self.masters.values() if p.ndim >= 2]
+        others = [p for p in self.masters.values() if p.ndim < 2]  # norms and biases
+        groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        fused = all(p.is_cuda for p in self.masters.values())
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]], betas=tuple(cfg.betas), eps=cfg.eps, fused=fused
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        """Moments of zero: a new phase of training. Made here, not at the first step, so that loading can fill them."""
+        for p in self.masters.values():
+            step = torch.zeros((), device=p.device if p.is_cuda else "cpu")
+            self._adamw.state[p] = {
+                "step": step,
+                "exp_avg": torch.zeros_like(p, requires_grad=False),
+                "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
+            }
+
+    def collect_gradients(self) -> None:
+        """After each backward: moves gradients of lower precision into the masters' float32 ones."""
+        for name, master in self.masters.items():
+            param = self.params[name]
+            if master is param or param.grad is None:
+                continue
+            grad = param.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            param.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float, clip_norm: float) -> float:
+        """Clips to ``clip_norm`` (0 = no clipping) and updates, or leaves all as it is if the gradient is not finite.
+
+        Returns:
+            the norm of the whole gradient before clipping, the same on all ranks; NaN or infinity = no update was made.
+        """
+        grads = [p.grad for p in self.masters.values() if p.grad is not None]
+        total = get_total_norm(grads)
+        total = total.full_tensor() if isinstance(total, DTensor) else total
+        norm = float(total)
+        if math.isfinite(norm):
+            if clip_norm > 0:
+                clip_grads_with_norm_(list(self.masters.values()), clip_norm, total)
+            for group in self._adamw.param_groups:
+                group["lr"] = lr
+            self._adamw.step()
+            self.publish()
+        self._adamw.zero_grad(set_to_none=True)
+        return norm
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Rounds the masters into the model's parameters, in place."""
+        for name, master in self.masters.items():
+            if master is not self.params[name]:
+                self.params[name].copy_(master)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything to be saved, by name; loading writes into these tensors, then `publish`."""
+        named: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            named[f"model.{name}"] = master.detach()
+            named |= {f"optimizer.{kind}.{name}": value for kind, value in self._adamw.state[master].items()}
+        return named

@@ -1,4 +1,4 @@
-"""The model as training sees it: log-probabilities and entropies of given tokens, never the whole logits."""
+"""From a packed batch to the log-probability of each response token."""
 
 from __future__ import annotations
 
@@ -9,42 +9,52 @@ from torch.utils.checkpoint import checkpoint
 from asystem.data.packing import PackedBatch
 from asystem.models import Decoder, PackedAttention
 
-_CHUNK_LOGITS = 2**26  # logits held at once, 256 MiB in float32; they are computed again in the backward pass
+# Logits held at once. 2^27 float32 are 512 MiB; softmax and its gradient hold about three times that.
+CHUNK_ELEMENTS = 2**27
 
 
 class Policy(nn.Module):
-    """A decoder whose forward pass ends in the log-probability of each label.
-
-    The head is applied here, inside `forward`, so that FSDP2 has its weight gathered, and only where a label counts.
-    """
+    """Decoder and head in one forward, so that FSDP has the head's weights gathered while they are used."""
 
     def __init__(self, decoder: Decoder, temperature: float = 1.0) -> None:
         super().__init__()
         self.decoder = decoder
-        self.temperature = temperature  # that the tokens were sampled at: the policy is the tempered distribution
+        self.temperature = temperature
 
-    def forward(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [T] of ``batch.labels`` with gradient and entropies [T] without; 0 outside the mask."""
-        hidden = self.decoder(batch.tokens, batch.positions, PackedAttention(batch.cu_seqlens, batch.max_seqlen))
-        rows = batch.mask.nonzero().squeeze(1)
-        hidden, labels = hidden[rows], batch.labels[rows]
-        weight = self.decoder.head_weight()
-        chunk = max(1, _CHUNK_LOGITS // weight.shape[0])
-        if len(rows) <= chunk:
-            logprobs, entropy = self._head(hidden, weight, labels)
-        else:
-            parts = [
-                checkpoint(self._head, h, weight, y, use_reentrant=False)
-                for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)
-            ]
-            logprobs, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-        zeros = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)
-        return zeros.index_put((rows,), logprobs), zeros.index_put((rows,), entropy)
+    def forward(self, packed: PackedBatch) -> tuple[Tensor, Tensor]:
+        """-> log-probabilities of the labels and entropies of the distributions, [T] float32, 0 where masked out.
 
-    def _head(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [R, D], weight [V, D], labels [R] -> log-probabilities and entropies, both [R] float32."""
-        logits = nn.functional.linear(hidden, weight).float() / self.temperature
-        log_p = logits.log_softmax(-1)
+        Both are of the tempered distribution that rollouts are sampled from. The entropy has no gradient.
+        """
+        attend = PackedAttention(packed.cu_seqlens, packed.max_seqlen)
+        hidden = self.decoder(packed.tokens, packed.positions, attend)
+        rows = packed.label_rows
+        labels = packed.labels.index_select(0, rows)
+        logprobs, entropy = token_logprobs(self.decoder, hidden.index_select(0, rows), labels, self.temperature)
+        empty = torch.zeros(len(packed.tokens), device=hidden.device)
+        return empty.index_copy(0, rows, logprobs), empty.index_copy(0, rows, entropy)
+
+
+def token_logprobs(
+    decoder: Decoder, hidden: Tensor, labels: Tensor, temperature: float, chunk_elements: int = CHUNK_ELEMENTS
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [M] float32 of labels [M] after hidden states [M, D].
+
+    Logits [M, V] are computed some rows at a time, and once more in the backward pass, unless all fit in
+    ``chunk_elements``.
+    """
+
+    def head(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = (decoder.logits(hidden) / temperature).log_softmax(dim=-1)
         with torch.no_grad():
-            entropy = -(log_p.exp() * log_p).sum(-1)
-        return log_p.gather(1, labels[:, None]).squeeze(1), entropy
+            entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
+        return logprobs.gather(1, labels[:, None]).squeeze(1), entropy
+
+    rows = max(1, chunk_elements // decoder.spec.vocab_size)
+    if len(labels) <= rows:
+        return head(hidden, labels)
+    chunks = [
+        checkpoint(head, h, y, use_reentrant=False, preserve_rng_state=False)
+        for h, y in zip(hidden.split(rows), labels.split(rows), strict=True)
+    ]
+    return torch.cat([logprobs for logprobs, _ in chunks]), torch.cat([entropy for _, entropy in chunks])

@@ -9,7 +9,7 @@ from asystem.config import Config
 from asystem.data.task import Row, load_task
 from asystem.data.tokenizer import load_tokenizer
 from asystem.rewards import exact_match
-from asystem.spmd import Collect, Dispatch, Worker, remote, store
+from asystem.spmd import Dispatch, Worker, remote, store
 from asystem.types import FinishedRollout, Score
 from asystem.workers.build import tokenizer_path
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from asystem.algorithms import policy_loss, token_weight
+from asystem.algorithms import correction_weights, policy_loss, token_weights
 from asystem.config import Config, Schedule
 from asystem.data.batch import Batch, BatchRow
 from asystem.data.packing import PackedBatch, Sample, pack
-from asystem.data.stats import Stats
 from asystem.data.task import Row, load_task
 from asystem.models import Decoder
 from asystem.spmd import Collect, Dispatch, Worker, remote, store
 from asystem.state import WeightPayload, export_weights
+from asystem.stats import Stats, merge
 from asystem.tracking.rollouts import RolloutWriter
 from asystem.training import TrainEngine, supervised_loss
 from asystem.training.checkpoint import prune_checkpoints
@@ -53,21 +53,25 @@ class TrainWorker(Worker):
         )
         self._wire_dtype = pick_dtype(config.generation.dtype, device)
         self._warm_ups = 0
+        self._columns: dict[int, tuple[list[float], list[int]]] = {}
         self._writer = RolloutWriter(self.run_dir / "rollouts", self.rank) if config.tracking.rollouts else None
 
     @remote(Dispatch.SPLIT, Collect.SUM)
     async def update(self, batch: Batch) -> Stats:
-        """One pass over a batch, in `training.minibatches` optimizer steps; metrics summed over the ranks."""
+        """One pass over a batch, in `training.minibatches` optimizer steps of whole groups; metrics of all ranks."""
         trajectories = _fetch(batch.rows)
-        stats = Stats()
-        minibatches = batch.minibatches(self.config.training.minibatches)
-        old = (
-            [None] * len(minibatches)
-            if len(minibatches) == 1
-            else [self._old_logprobs(m, trajectories) for m in minibatches]
-        )
-        for minibatch, old_logprobs in zip(minibatches, old, strict=True):
-            stats += self._update(minibatch, trajectories, old_logprobs)
+        count = self.config.training.minibatches
+        parts = [[row for row in batch.rows if row.group % count == part] for part in range(count)]
+        micro = [self._micro_batches(batch, rows, trajectories) for rows in parts]
+        if count > 1:  # with one update the weights before it are the present ones, and need no pass of their own
+            micro = [self._with_old_logprobs(part) for part in micro]
+        stats = merge(self._step(part) for part in micro)
+        for trajectory in trajectories.values():
+            staleness = batch.version - trajectory.versions
+            stats.add_mean("rollout/staleness_mean", float(staleness.sum()), len(staleness))
+        if self._writer is not None:
+            records = [self._record(row, trajectories[row.rollout]) for row in batch.rows]
+            self._writer.write(batch.version + 1, records)
         return stats
 
     @remote(Dispatch.BROADCAST, Collect.SUM)
@@ -81,10 +85,9 @@ class TrainWorker(Worker):
             rows = random.Random(f"{self.config.seed}/{self._warm_ups}").choices(
                 self.task.demonstrations, k=warmup.batch_size
             )
-            samples = [self._demonstration(row) for row in rows]
-            total = sum(len(sample.tokens) for sample in samples)
-            for sample in samples:
-                sample.weight = 1.0 / total
+            pairs = [self._demonstration(row) for row in rows]
+            weight = 1.0 / sum(len(response) for _, response in pairs)
+            samples = [Sample(prompt, response, weight) for prompt, response in pairs]
             micro = pack(samples[self.rank :: self.world_size], self.config.training.micro_batch_tokens)
             stats = self.trainer.step(micro, supervised_loss)
             self._warm_ups += 1
@@ -110,69 +113,71 @@ class TrainWorker(Worker):
         if self.rank == 0:
             prune_checkpoints(folder.parent, self.config.checkpoint.keep_last)
 
-    def _update(self, batch: Batch, trajectories: dict[int, Trajectory], old: dict[int, Tensor] | None) -> Stats:
-        micro = self._micro_batches(batch, trajectories)
-        present: dict[int, tuple[Tensor, Tensor]] = {}  # rollout -> its log-probabilities and correction weights
-
+    def _step(self, micro_batches: Sequence[PackedBatch]) -> Stats:
         def loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
-            old_logprobs = None if old is None else _aligned(packed, old)
-            value, weights, stats = policy_loss(packed, logprobs, entropy, old_logprobs, self.config.algorithm)
             if self._writer is not None:
-                columns = zip(packed.per_sample(logprobs.detach()), packed.per_sample(weights), strict=True)
-                present.update(zip(packed.rollouts, columns, strict=True))
-            return value, stats
+                self._keep(packed, logprobs.detach())
+            return policy_loss(
+                logprobs,
+                infer_logprobs=packed.infer_logprobs,
+                advantages=packed.advantages,
+                token_weights=packed.token_weights,
+                mask=packed.mask,
+                cfg=self.config.algorithm,
+                old_logprobs=packed.old_logprobs,
+                entropy=entropy,
+            )
 
-        stats = self.trainer.step(micro, loss)
-        for row in batch.rows:
-            staleness = batch.version - trajectories[row.rollout].versions
-            stats.add_mean("rollout/staleness_mean", float(staleness.sum()), len(staleness))
-        if self._writer is not None:
-            self._writer.write(
-                batch.version + 1,
-                [self._record(row, trajectories[row.rollout], *present[row.rollout]) for row in batch.rows],
-            )
-        return stats
+        return self.trainer.step(micro_batches, loss)
 
-    def _micro_batches(self, batch: Batch, trajectories: dict[int, Trajectory]) -> list[PackedBatch]:
-        samples = []
-        for row in batch.rows:
-            trajectory = trajectories[row.rollout]
-            weight = token_weight(
-                self.config.algorithm.normalizer,
-                length=row.length,
-                num_rollouts=max(1, batch.num_rollouts),
-                num_tokens=max(1, batch.num_tokens),
-                token_budget=self.config.rollout.token_budget,
+    def _micro_batches(
+        self, batch: Batch, rows: Sequence[BatchRow], trajectories: dict[int, Trajectory]
+    ) -> list[PackedBatch]:
+        weights = token_weights(
+            self.config.algorithm.normalizer,
+            [row.length for row in rows],
+            num_rollouts=max(1, batch.num_rollouts),
+            num_tokens=max(1, batch.num_tokens),
+            token_budget=self.config.rollout.token_budget,
+            minibatches=self.config.training.minibatches,
+        )
+        samples = [
+            Sample(
+                trajectories[row.rollout].prompt_tokens,
+                trajectories[row.rollout].tokens,
+                weight if row.error is None else 0.0,
+                row.advantage,
+                trajectories[row.rollout].logprobs,
+                trajectories[row.rollout].versions,
+                row.rollout,
             )
-            samples.append(
-                Sample(
-                    trajectory.prompt_tokens,
-                    trajectory.tokens,
-                    trajectory.logprobs,
-                    weight=weight if row.error is None else 0.0,
-                    advantage=row.advantage,
-                    rollout=row.rollout,
-                )
-            )
+            for row, weight in zip(rows, weights, strict=True)
+        ]
         return pack(samples, self.config.training.micro_batch_tokens)
 
-    def _old_logprobs(self, batch: Batch, trajectories: dict[int, Trajectory]) -> dict[int, Tensor]:
-        """Log-probabilities under the weights that the step starts with; needed once a batch makes several updates."""
-        micro = self._micro_batches(batch, trajectories)
-        return {
-            rollout: values
-            for packed, logprobs in zip(micro, self.trainer.logprobs(micro), strict=True)
-            for rollout, values in zip(packed.rollouts, packed.to(logprobs.device).per_sample(logprobs), strict=True)
-        }
+    def _with_old_logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        old = self.trainer.logprobs(micro_batches)
+        return [replace(packed, old_logprobs=values) for packed, values in zip(micro_batches, old, strict=True)]
 
-    def _demonstration(self, row: Row) -> Sample:
-        prompt = self.tokenizer.encode_prompt(row["prompt"])
-        response = [*self.tokenizer.encode(row["response"]), self.tokenizer.eos_id]
-        zeros = np.zeros(len(response), dtype=np.float32)
-        return Sample(np.array(prompt, dtype=np.int32), np.array(response, dtype=np.int32), zeros, weight=0.0)
+    def _keep(self, packed: PackedBatch, logprobs: Tensor) -> None:
+        """Remembers each response's training log-probabilities and correction weights for `rollouts/`."""
+        train = logprobs if packed.old_logprobs is None else packed.old_logprobs
+        weights = correction_weights(train, packed.infer_logprobs, self.config.algorithm)
+        rows = packed.label_rows
+        lengths = torch.bincount(packed.sequence[rows], minlength=len(packed.rollouts)).tolist()
+        columns = zip(train[rows].cpu().split(lengths), (weights[rows] != 0).int().cpu().split(lengths), strict=True)
+        for rollout, (values, mask) in zip(packed.rollouts, columns, strict=True):
+            self._columns[rollout] = (values.tolist(), mask.tolist())
 
-    def _record(self, row: BatchRow, trajectory: Trajectory, logprobs: Tensor, weights: Tensor) -> dict[str, object]:
+    def _demonstration(self, row: Row) -> tuple[list[int], list[int]]:
+        return (
+            self.tokenizer.encode_prompt(row["prompt"]),
+            [*self.tokenizer.encode(row["response"]), self.tokenizer.eos_id],
+        )
+
+    def _record(self, row: BatchRow, trajectory: Trajectory) -> dict[str, object]:
         """What `rollouts/` keeps of one trained rollout; lists are per response token."""
+        train_logprobs, mask = self._columns.pop(row.rollout)
         return {
             "rollout": row.rollout,
             "group": row.group,
@@ -181,9 +186,9 @@ class TrainWorker(Worker):
             "response_text": self.tokenizer.decode(trajectory.tokens.tolist()),
             "tokens": trajectory.tokens.tolist(),
             "infer_logprobs": trajectory.logprobs.tolist(),
-            "train_logprobs": logprobs.tolist(),
+            "train_logprobs": train_logprobs,
             "versions": trajectory.versions.tolist(),
-            "mask": (weights > 0).int().tolist(),
+            "mask": mask,
             "reward": row.reward,
             "advantage": row.advantage,
             "finish": trajectory.finish.value,
@@ -194,11 +199,3 @@ class TrainWorker(Worker):
 def _fetch(rows: Sequence[BatchRow]) -> dict[int, Trajectory]:
     lists = store.get_many([row.ref for row in rows])
     return {row.rollout: trajectories[row.row] for row, trajectories in zip(rows, lists, strict=True)}
-
-
-def _aligned(packed: PackedBatch, values: dict[int, Tensor]) -> Tensor:
-    """Per-rollout values [length] laid out on the packed axis [T]; 0 outside the response."""
-    out = torch.zeros_like(packed.logprobs)
-    parts = [values[rollout] for rollout in packed.rollouts if rollout in values]
-    out[packed.mask] = torch.cat(parts) if parts else out.new_zeros(0)
-    return out

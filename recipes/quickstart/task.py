@@ -1,4 +1,9 @@
-"""Sort the digits: `52917=` is answered by `12579`. Right or wrong, nothing between."""
+"""Sort the digits: `52917=` is answered by `12579`. A careless teacher shows how, and is mostly wrong.
+
+The teacher's answer has two neighbours swapped in six demonstrations out of ten. The supervised warm-up learns sorting
+from it, carelessness included; reinforcement learning keeps the one and drops the other, from a reward that only says
+right or wrong.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +11,38 @@ import random
 from typing import Any
 
 Row = dict[str, Any]
-SHORTEST, LONGEST = 4, 10
+SHORTEST, LONGEST = 3, 8
+HELD_OUT = 512
+CARELESS = 0.6
 
 
 def train() -> list[Row]:
-    return _all()[512:]
+    return _rows()[HELD_OUT:]
 
 
 def evaluation() -> list[Row]:
-    return _all()[:512]
+    return _rows()[:HELD_OUT]
 
 
 def demonstrations() -> list[Row]:
-    """Part of the task: a fifth of the prompts, answered."""
-    return [{"prompt": row["prompt"], "response": row["answer"]} for row in train()[::5]]
+    draw = random.Random(7)
+    return [{"prompt": row["prompt"], "response": _careless(row["answer"], draw)} for row in train()]
 
 
 def reward(row: Row, response: str) -> float:
     return float(response == row["answer"])
 
 
-def _all(count: int = 20_000) -> list[Row]:
-    """Distinct prompts in an order that never changes, so that the held-out ones stay held out."""
+def _rows(count: int = 16_000) -> list[Row]:
+    """Distinct prompts in an order that never changes, so that what is held out stays so."""
     draw = random.Random(2025)
-    prompts = dict.fromkeys(
-        "".join(draw.choice("0123456789") for _ in range(draw.randint(SHORTEST, LONGEST))) for _ in range(count)
-    )
+    prompts = dict.fromkeys("".join(draw.choices("0123456789", k=draw.randint(SHORTEST, LONGEST))) for _ in range(count))
     return [{"prompt": f"{digits}=", "answer": "".join(sorted(digits))} for digits in prompts]
+
+
+def _careless(answer: str, draw: random.Random) -> str:
+    swaps = [i for i in range(len(answer) - 1) if answer[i] != answer[i + 1]]
+    if not swaps or draw.random() > CARELESS:
+        return answer
+    i = draw.choice(swaps)
+    return answer[:i] + answer[i + 1] + answer[i] + answer[i + 2 :]
