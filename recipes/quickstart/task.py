@@ -11,7 +11,7 @@ import random
 from typing import Any
 
 Row = dict[str, Any]
-SHORTEST, LONGEST = 3, 8
+SHORTEST, LONGEST = 3, 7
 HELD_OUT = 512
 CARELESS = 0.6
 
