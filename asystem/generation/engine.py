@@ -146,7 +146,8 @@ class Engine:
     def plan(self) -> dict[str, int]:
         """Bytes held from step to step: the model's weights, the KV pool, and the running batch (workspace)."""
         weights = sum({p.data_ptr(): p.nbytes for p in self.model.parameters()}.values())
-        return {"weights": weights, "kv": self.cache.num_bytes, "workspace": self.rows.num_bytes}
+        workspace = self.rows.num_bytes + self.cache.workspace_bytes
+        return {"weights": weights, "kv": self.cache.num_bytes, "workspace": workspace}
 
     # --- the loop ------------------------------------------------------------------------------------------------
 

@@ -36,10 +36,16 @@ class KVCache:
         self._heads = torch.arange(num_kv_heads, device=device)
         self._tokens = self.data.view(num_layers, 2, -1, head_dim)  # one row a (block, head, offset)
         self._chunks = self.data.view(num_layers, 2, -1, block_size * head_dim)  # one row a (block, head)
+        self._scratch = self._chunks.new_empty(2, 0, block_size * head_dim)
 
     @property
     def num_bytes(self) -> int:
         return self.data.nbytes
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What `read` returns its copies in; grows with the running batch."""
+        return self._scratch.nbytes
 
     def token_rows(self, blocks: Tensor, offsets: Tensor) -> Tensor:
         """Where tokens at [T] `offsets` of [T] `blocks` are written: [T * kv heads]."""
@@ -57,10 +63,18 @@ class KVCache:
         values.index_copy_(0, rows, v.reshape(-1, self.head_dim))
 
     def read(self, layer: int, rows: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of `chunk_rows`, each [batch, kv heads, M * block_size, head_dim]."""
+        """Keys and values of `chunk_rows`, each [batch, kv heads, M * block_size, head_dim], until the next read."""
         keys, values = self._chunks[layer]
+        if len(rows) > self._scratch.shape[1]:
+            self._scratch = self._chunks.new_empty(2, 2 * len(rows), keys.shape[1])
         shape = (batch, self.num_kv_heads, -1, self.head_dim)
-        return keys.index_select(0, rows).view(shape), values.index_select(0, rows).view(shape)
+        # One buffer for all layers and steps: megabytes freshly allocated each time cost more in page faults on a CPU
+        # than attention does.
+        k, v = (
+            torch.index_select(source, 0, rows, out=out[: len(rows)])
+            for source, out in zip((keys, values), self._scratch, strict=True)
+        )
+        return k.view(shape), v.view(shape)
 
     def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """Copies whole blocks in all layers: the partly filled last block of a prompt, for each sample of a group."""

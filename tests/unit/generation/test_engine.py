@@ -161,7 +161,8 @@ def test_seeds_and_rollouts_draw_different_tokens() -> None:
 
 
 def test_exported_rollouts_continue_in_another_engine_as_if_never_interrupted() -> None:
-    first, second, finished = engine(), engine(block_size=16, max_running=4), {}
+    first, second = engine(), engine(block_size=16, max_running=4)
+    finished: dict[int, Trajectory] = {}
     first.submit(requests(MIXED))
     finished |= {t.rollout: t for t in first.decode(max_steps=4).finished}
     chosen = [r.rollout for r in requests(MIXED) if r.rollout not in finished][::4]
@@ -292,7 +293,7 @@ def test_a_runner_may_run_ahead_of_the_engine(kv_tokens: int | None) -> None:
     e.runner = ahead = AheadRunner(MODEL, e.cache, e.rows, [STOP])
     ahead.calls = []
     e.submit(requests(MIXED))
-    finished = {}
+    finished: dict[int, Trajectory] = {}
     for budget in (40, 30, 200):
         decoded = e.decode(max_tokens=budget)
         assert budget <= decoded.generated < budget + 18 or e.num_unfinished == 0
