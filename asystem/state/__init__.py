@@ -1,5 +1,5 @@
-"""AState: how new weights get from training to generation."""
+"""AState: how weights travel from training to generation."""
 
-from asystem.state.transport import WeightPayload, export_weights, import_weights
+from asystem.state.transport import TensorPlace, WeightPayload, export_weights, import_weights
 
-__all__ = ["WeightPayload", "export_weights", "import_weights"]
+__all__ = ["TensorPlace", "WeightPayload", "export_weights", "import_weights"]

@@ -1,8 +1,14 @@
-"""Weights as one flat buffer with a manifest: what a publication carries through shared memory or between hosts."""
+"""AState, first cut: all weights in one flat buffer with a manifest, from a trainer to any reader.
+
+The buffer is a numpy array of bytes, so that shared memory and object stores carry it without a copy. A tied head is
+the embedding and goes once. Readers copy into the tensors they have, converting the dtype.
+"""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -10,76 +16,114 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from asystem.errors import ModelError
+from asystem.errors import ModelError, nearest
+
+ALIGNMENT = 64  # bytes; a tensor starts where any dtype may be read
 
 
 @dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """Where one tensor lies in the buffer."""
+class TensorPlace:
+    """Where one tensor lies in the buffer, row-major from ``offset`` (bytes) on."""
 
+    name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int  # bytes
-    num_bytes: int
+    dtype: str  # float32, bfloat16, ...
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Without padding."""
+        return prod(self.shape) * _dtype(self.dtype).itemsize
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The tensor as a view into the buffer [bytes] uint8."""
+        return flat[self.offset : self.offset + self.num_bytes].view(_dtype(self.dtype)).view(self.shape)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class WeightPayload:
-    """All parameters of a model. ``buffer`` is [num_bytes] uint8, read without a copy where shared memory carries it."""
+    """A model's weights: ``places`` in ``buffer`` [bytes] uint8."""
 
-    entries: dict[str, TensorEntry]
+    places: tuple[TensorPlace, ...]
     buffer: npt.NDArray[np.uint8]
 
-    def tensor(self, name: str) -> Tensor:
-        """A view of one tensor; not to be written to."""
-        entry = self.entries[name]
-        raw = self.buffer[entry.offset : entry.offset + entry.num_bytes]
-        return torch.frombuffer(memoryview(raw), dtype=entry.dtype).view(entry.shape)
+    @property
+    def num_bytes(self) -> int:
+        """Of the buffer, padding included."""
+        return self.buffer.nbytes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Views into the buffer, which may be read-only: do not write to them."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            flat = torch.from_numpy(self.buffer)
+        return {place.name: place.of(flat) for place in self.places}
 
 
 @torch.no_grad()
 def export_weights(model: nn.Module, dtype: torch.dtype | None = None, *, keep: bool = True) -> WeightPayload | None:
-    """Gathers a model's parameters into one buffer. All ranks of a sharded model call it; those without ``keep`` get None.
+    """Copies a model's parameters into a payload.
+
+    FSDP's shards are gathered one parameter at a time, so every rank must call it, in step; they are converted first,
+    so that half precision is half the traffic.
 
     Args:
-        dtype: of the payload, the generation side's own for the fewest bytes; default: each parameter's.
+        dtype: on the wire; None = as the parameters are.
+        keep: false on ranks that take part only.
+
+    Returns:
+        the payload, or None where it is not kept.
     """
-    entries: dict[str, TensorEntry] = {}
-    parts: list[Tensor] = []
-    offset = 0
-    for name, parameter in model.named_parameters():
-        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-        if not keep:
-            continue
-        part = whole.to(device="cpu", dtype=dtype or whole.dtype).contiguous().view(-1).view(torch.uint8)
-        entries[name] = TensorEntry(tuple(whole.shape), dtype or whole.dtype, offset, part.numel())
-        offset += -(-part.numel() // 64) * 64  # keeps every tensor aligned
-        parts.append(part)
-    if not keep:
-        return None
-    buffer = np.empty(offset, dtype=np.uint8)
-    flat = torch.from_numpy(buffer)
-    for entry, part in zip(entries.values(), parts, strict=True):
-        flat[entry.offset : entry.offset + entry.num_bytes].copy_(part)
-    return WeightPayload(entries, buffer)
+    places = _plan(model, dtype)
+    size = max((place.offset + place.num_bytes for place in places), default=0)
+    buffer = torch.zeros(size, dtype=torch.uint8) if keep else None
+    for place, param in zip(places, dict(model.named_parameters()).values(), strict=True):
+        value = param.detach().to(_dtype(place.dtype))
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if buffer is not None:
+            place.of(buffer).copy_(whole)
+    return None if buffer is None else WeightPayload(tuple(places), buffer.numpy())
 
 
 @torch.no_grad()
 def import_weights(model: nn.Module, payload: WeightPayload) -> None:
-    """Copies a payload into a model's parameters, in place.
+    """Copies a payload into a model's parameters in place, in their dtype and on their device.
 
     Raises:
-        ModelError: a tensor is missing on one side or has another shape; nothing was copied then.
+        ModelError: names or shapes differ, or the buffer is short; nothing is changed then.
     """
-    parameters = dict(model.named_parameters())
-    for name in sorted(parameters.keys() ^ payload.entries.keys()):
-        lacking = "generation" if name in payload.entries else "training"
-        raise ModelError(f"published weights: {lacking} has no tensor {name}; both sides must load the same model")
-    for name, parameter in parameters.items():
-        sent = payload.entries[name].shape
-        if sent != tuple(parameter.shape):
-            raise ModelError(
-                f"published weights: {name} is {list(sent)} in training, {list(parameter.shape)} in generation"
-            )
-    for name, parameter in parameters.items():
-        parameter.copy_(payload.tensor(name))
+    params = dict(model.named_parameters())
+    _check(params, payload)
+    for name, tensor in payload.tensors().items():
+        params[name].copy_(tensor)
+
+
+def _plan(model: nn.Module, dtype: torch.dtype | None) -> list[TensorPlace]:
+    places: list[TensorPlace] = []
+    offset = 0
+    for name, param in model.named_parameters():
+        wire = str(dtype or param.dtype).removeprefix("torch.")
+        places.append(TensorPlace(name, tuple(param.shape), wire, offset))
+        offset += -(-places[-1].num_bytes // ALIGNMENT) * ALIGNMENT
+    return places
+
+
+def _check(params: dict[str, nn.Parameter], payload: WeightPayload) -> None:
+    sent = {place.name: place for place in payload.places}
+    for name in sent.keys() - params.keys():
+        raise ModelError(f"weights were sent for {name}, which the receiving model has not{nearest(name, params)}")
+    for name, param in params.items():
+        if name not in sent:
+            raise ModelError(f"the receiving model has {name}, for which no weights were sent{nearest(name, sent)}")
+        if sent[name].shape != tuple(param.shape):
+            raise ModelError(f"{name} was sent as {sent[name].shape}, the receiving model's is {tuple(param.shape)}")
+        end = sent[name].offset + sent[name].num_bytes
+        if end > payload.num_bytes:
+            raise ModelError(f"{name} ends at byte {end}, but the buffer sent has {payload.num_bytes}")
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ModelError(f'weights were sent in the unknown dtype "{name}"')
+    return found

@@ -1,4 +1,4 @@
-"""Training: packed micro-batches, FSDP2 over ranks, float32 masters, checkpoints. `engine.TrainEngine` is the way in."""
+"""Training: packed micro-batches, FSDP2 over ranks, checkpoints. `engine.TrainEngine` is the way in."""
 
 from asystem.training.checkpoint import prune_checkpoints
 from asystem.training.engine import TrainEngine

@@ -4,8 +4,8 @@
                   .metadata           torch.distributed.checkpoint's own
                   __0_0.distcp ...    shards, at least one a rank
 
-They are written to `.step-000040.partial` and renamed, so that a folder with a proper name is complete. Ranks on several
-hosts must see one file system. The number of ranks may differ between saving and loading.
+They are written to `.step-000040.partial` and renamed, so that a folder with a proper name is complete. Ranks on
+several hosts must see one file system. The number of ranks may differ between saving and loading.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from asystem.errors import ModelError, nearest
 
@@ -33,7 +37,8 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], extra: dict[str, A
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier(world_size)
-    dcp.save(dict(tensors), checkpoint_id=partial, no_dist=world_size == 1)
+    with _no_single_process_warning():
+        save(dict(tensors), checkpoint_id=partial, no_dist=world_size == 1)
     _barrier(world_size)
     if is_first:
         manifest = {
@@ -66,7 +71,8 @@ def load_checkpoint(folder: Path, tensors: dict[str, Tensor], *, world_size: int
             raise ModelError(f"checkpoint {folder}: {name} is {saved[name]}, the model's is {tuple(tensor.shape)}")
     if unknown := sorted(saved.keys() - tensors.keys()):
         raise ModelError(f"checkpoint {folder} has {unknown[0]}, which the model has not; it is of another model")
-    dcp.load(dict(tensors), checkpoint_id=folder, no_dist=world_size == 1)
+    with _no_single_process_warning():
+        load(dict(tensors), checkpoint_id=folder, no_dist=world_size == 1)
     extra: dict[str, Any] = manifest["extra"]
     return extra
 
@@ -96,6 +102,14 @@ def _replace(source: Path, target: Path) -> None:
         os.replace(target, old)
     os.replace(source, target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _no_single_process_warning() -> Iterator[None]:
+    """torch warns of a single process even when it is told of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _barrier(world_size: int) -> None:

@@ -1,6 +1,6 @@
 """The training engine: packed micro-batches in, an optimizer step out; one process, or FSDP2 over ranks.
 
-    micro-batches -> forward -> loss_fn -> backward, adding up -> clip -> AdamW on float32 masters -> the model's weights
+    micro-batches -> forward -> loss_fn -> backward, adding up -> clip -> AdamW on float32 masters -> model
 
 Losses are already divided by counts of the global batch, so gradients add up, over micro-batches and over ranks, and
 are divided by nothing. Ranks run equally many micro-batches, because each forward is a collective: those with fewer add
@@ -58,13 +58,12 @@ class TrainEngine:
         self.rank = dist.get_rank() if world_size > 1 else 0
         self.model = model.to(self.device)
         self.policy = Policy(model, temperature)
-        masters = {name: p.detach().clone() for name, p in model.named_parameters() if dtype is not torch.float32}
+        exact = {name: p.detach() for name, p in model.named_parameters()}  # before rounding to ``dtype``
         if world_size > 1:
-            masters = {}
             _shard(self.policy, self.device, dtype, world_size)
         else:
             model.to(dtype)
-        self.optimizer = MasterOptimizer(dict(model.named_parameters()), masters, cfg)
+        self.optimizer = MasterOptimizer(dict(model.named_parameters()), exact, cfg)
         self.start_phase(cfg.lr, cfg.schedule, cfg.lr_warmup_steps, total_steps)
 
     def start_phase(self, lr: float, schedule: Schedule, warmup_steps: int, total_steps: int) -> None:

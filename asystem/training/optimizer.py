@@ -21,13 +21,13 @@ class MasterOptimizer:
 
     Args:
         params: the model's parameters by name.
-        masters: float32 values to start from where the parameters have already been rounded.
+        exact: the values to start from where the parameters have already been rounded.
     """
 
-    def __init__(self, params: dict[str, nn.Parameter], masters: dict[str, Tensor], cfg: TrainingConfig) -> None:
+    def __init__(self, params: dict[str, nn.Parameter], exact: dict[str, Tensor], cfg: TrainingConfig) -> None:
         self.params = params
         self.masters: dict[str, Tensor] = {
-            name: p if p.dtype is torch.float32 else masters[name].detach().float().clone().requires_grad_()
+            name: p if p.dtype is torch.float32 else exact[name].detach().float().requires_grad_()
             for name, p in params.items()
         }
         decayed = [p for p in self.masters.values() if p.ndim >= 2]
@@ -35,7 +35,7 @@ class MasterOptimizer:
         groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
         fused = all(p.is_cuda for p in self.masters.values())
         self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], betas=tuple(cfg.betas), eps=cfg.eps, fused=fused
+            [group for group in groups if group["params"]], betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=fused
         )
         self.reset()
 

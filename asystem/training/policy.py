@@ -55,6 +55,6 @@ def token_logprobs(
         return head(hidden, labels)
     chunks = [
         checkpoint(head, h, y, use_reentrant=False, preserve_rng_state=False)
-        for h, y in zip(hidden.split(rows), labels.split(rows), strict=True)
+        for h, y in zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True)
     ]
     return torch.cat([logprobs for logprobs, _ in chunks]), torch.cat([entropy for _, entropy in chunks])
