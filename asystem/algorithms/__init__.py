@@ -3,7 +3,7 @@
 from asystem.algorithms.advantages import group_advantages
 from asystem.algorithms.corrections import correction_weights
 from asystem.algorithms.loss import policy_loss
-from asystem.algorithms.normalizers import token_weight
+from asystem.algorithms.normalizers import token_weights
 from asystem.algorithms.surrogates import clipped_surrogate
 
-__all__ = ["clipped_surrogate", "correction_weights", "group_advantages", "policy_loss", "token_weight"]
+__all__ = ["clipped_surrogate", "correction_weights", "group_advantages", "policy_loss", "token_weights"]

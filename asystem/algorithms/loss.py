@@ -8,8 +8,6 @@ w_t from `normalizers`, M(k_t) from `corrections`, the rest from `surrogates`; e
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,68 +18,57 @@ from asystem.config import AlgorithmConfig, Correction
 from asystem.stats import Stats
 
 
-class TokenFields(Protocol):
-    """What the loss reads of a packed batch, each [T] and about the token that the row has to predict."""
-
-    @property
-    def mask(self) -> Tensor:
-        """bool, true where that is a response token."""
-
-    @property
-    def infer_logprobs(self) -> Tensor:
-        """float32, as sampled."""
-
-    @property
-    def advantages(self) -> Tensor:
-        """float32."""
-
-    @property
-    def token_weights(self) -> Tensor:
-        """float32, `normalizers.token_weight`."""
-
-
 def policy_loss(
-    tokens: TokenFields, logprobs: Tensor, entropy: Tensor | None, old_logprobs: Tensor | None, cfg: AlgorithmConfig
-) -> tuple[Tensor, Tensor, Stats]:
+    logprobs: Tensor,
+    *,
+    infer_logprobs: Tensor,
+    advantages: Tensor,
+    token_weights: Tensor,
+    mask: Tensor,
+    cfg: AlgorithmConfig,
+    old_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> tuple[Tensor, Stats]:
     """The loss of some of a batch's tokens (a micro-batch), to be summed over all parts of the batch.
 
     Args:
-        logprobs: [T] log p(token; theta), with gradient.
-        entropy: [T] of the training distribution, for metrics only.
+        logprobs: [T] log p(token; theta), with gradient. infer_logprobs: [T] as sampled.
+        advantages, token_weights: [T]. mask: [T] bool, true on response tokens.
         old_logprobs: [T] from before the batch's first update; None = this is the first update.
+        entropy: [T] of the training distribution, for metrics only.
 
     Returns:
-        loss, a scalar; the correction M(k) [T], 0 on masked tokens; and what `mismatch/*`, `icepop/*` and `train/*`
-        are made of.
+        loss, a scalar, and what `mismatch/*`, `icepop/*` and `train/*` are made of.
     """
     old = logprobs.detach() if old_logprobs is None else old_logprobs.detach()
-    correction = correction_weights(old, tokens.infer_logprobs, cfg) * tokens.mask
-    keep = correction != 0
+    correction = correction_weights(old, infer_logprobs, cfg)
+    keep = mask & (correction != 0)
     # Left-out tokens are replaced before any arithmetic: a NaN times weight 0 would still be NaN, in the loss or in
     # its gradient.
     surrogate, is_clipped = clipped_surrogate(
         torch.where(keep, logprobs, 0.0),
         torch.where(keep, old, 0.0),
-        torch.where(keep, tokens.advantages, 0.0),
+        torch.where(keep, advantages, 0.0),
         clip_low=cfg.clip_low,
         clip_high=cfg.clip_high,
     )
-    loss = -(tokens.token_weights * correction * surrogate).sum()
-    return loss, correction, _stats(cfg, tokens, old, correction, is_clipped, entropy)
+    loss = -(torch.where(keep, token_weights * correction, 0.0) * surrogate).sum()
+    return loss, _stats(cfg, mask, old, infer_logprobs, correction, is_clipped, entropy)
 
 
 def _stats(
     cfg: AlgorithmConfig,
-    tokens: TokenFields,
+    mask: Tensor,
     train: Tensor,
+    infer: Tensor,
     correction: Tensor,
     is_clipped: Tensor,
     entropy: Tensor | None,
 ) -> Stats:
     """Over response tokens, whether the correction keeps them or not; one copy to the host."""
-    shown = torch.zeros_like(train) if entropy is None else entropy.detach()
-    rows = torch.stack([train, tokens.infer_logprobs, correction, is_clipped.float(), shown])
-    logp, sampled, weights, clipped, entropies = rows[:, tokens.mask].cpu().numpy().astype(np.float64)
+    rows = [train, infer, correction, is_clipped, torch.zeros_like(train) if entropy is None else entropy.detach()]
+    host = torch.stack([row.float() for row in rows])[:, mask].cpu().numpy().astype(np.float64)
+    logp, sampled, weights, clipped, entropies = host
     finite = np.isfinite(logp) & np.isfinite(sampled)
     log_k = logp[finite] - sampled[finite]
     masked = finite & (weights == 0)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from asystem.config import Normalizer
 from asystem.errors import ConfigError
 
 
-def token_weight(
+def token_weights(
     normalizer: Normalizer,
+    lengths: Sequence[int],
     *,
-    length: int,
     num_rollouts: int,
     num_tokens: int,
     token_budget: int | None = None,
     minibatches: int = 1,
-) -> float:
-    """The weight of each token of a response; the loss is the weighted sum over the whole batch.
+) -> list[float]:
+    """The weight of each token of each response; the loss is the weighted sum over the whole batch.
 
         response   1 / (num_rollouts |y_i|)   mean over each response, then over responses (GRPO, IcePop)
         token      1 / num_tokens             mean over all tokens of the batch (DAPO, arXiv 2503.14476)
@@ -24,23 +26,22 @@ def token_weight(
 
     Counts are those of the global batch, over all ranks and micro-batches: however the batch is cut, the parts' losses
     add up to the same. Tokens that a correction masks stay in |y_i| and in the counts, as in equation 1 of the Ring-1T
-    report.
+    report. A batch cut into several optimizer steps gives each its share of the denominator, so that their mean is the
+    whole batch's loss.
 
     Args:
-        length: response tokens |y_i|, at least 1.
-        minibatches: optimizer steps that the batch is cut into; each gets its share of the denominator, so that the
-            mean of their losses is the whole batch's.
+        lengths: response tokens |y_i| of the responses at hand, any part of the batch.
 
     Raises:
         ConfigError: ``budget`` without a token budget.
     """
     if normalizer is Normalizer.response:
-        return minibatches / (num_rollouts * length)
+        return [minibatches / (num_rollouts * length) for length in lengths]
     if normalizer is Normalizer.token:
-        return minibatches / num_tokens
+        return [minibatches / num_tokens] * len(lengths)
     if token_budget is None:
         raise ConfigError(
             "algorithm.normalizer=budget divides by rollout.token_budget, which is null; "
             "set it, or use normalizer=token or response"
         )
-    return minibatches / token_budget
+    return [minibatches / token_budget] * len(lengths)

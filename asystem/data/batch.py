@@ -44,10 +44,6 @@ class Batch:
     num_tokens: int
     num_rollouts: int
 
-    def minibatches(self, count: int) -> list[Batch]:
-        """The rows in ``count`` optimizer steps. Counts stay the whole batch's (`token_weight` has the share)."""
-        return self.split(count)
-
     def split(self, parts: int) -> list[Batch]:
         """Cuts the rows into parts of nearly equal tokens, prompts included. With fewer rows than parts some are empty;
         their ranks still take part in collectives."""

@@ -23,24 +23,24 @@ from asystem.errors import DataError
 NO_LABEL = -100  # torch's cross_entropy ignores it
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One sequence to train on.
 
     Attributes:
         prompt_tokens: [P], at least one. tokens: [R], the response, at least one: these are trained.
-        infer_logprobs: [R] as sampled; None (a demonstration) reads as 0.
-        weight: each response token's weight in the loss (`algorithms.normalizers`).
+        token_weight: each response token's weight in the loss (`algorithms.normalizers`).
         advantage: of the response; unused by the supervised loss.
+        infer_logprobs: [R] as sampled; None (a demonstration) reads as 0.
         versions: [R] weight version that sampled each token; None reads as -1.
         rollout: its number; -1 for a demonstration.
     """
 
     prompt_tokens: npt.ArrayLike
     tokens: npt.ArrayLike
-    infer_logprobs: npt.ArrayLike | None = None
-    weight: float = 0.0
+    token_weight: float
     advantage: float = 0.0
+    infer_logprobs: npt.ArrayLike | None = None
     versions: npt.ArrayLike | None = None
     rollout: int = -1
 
@@ -59,8 +59,8 @@ class PackedBatch:
         labels: [T] int64, the next token or -100. mask: [T] bool, true where the label is a response token.
         label_rows: [M] int64, where the mask is true: the rows whose logits are needed.
         infer_logprobs, advantages, token_weights: [T] float32, 0 where masked out. versions: [T] int32, -1 there.
-        sequence: [T] int32, the number of the sequence within this batch.
-        rollouts, response_lengths: N numbers each.
+        sequence: [T] int32, the number of the sequence within this batch. rollouts: N numbers.
+        old_logprobs: [T] from before the batch's first update, when one batch makes several.
     """
 
     tokens: Tensor
@@ -76,7 +76,7 @@ class PackedBatch:
     versions: Tensor
     sequence: Tensor
     rollouts: list[int]
-    response_lengths: list[int]
+    old_logprobs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on ``device``."""
@@ -84,10 +84,6 @@ class PackedBatch:
         for name, value in values.items():
             values[name] = value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         return PackedBatch(**values)
-
-    def per_sample(self, values: Tensor) -> list[Tensor]:
-        """values [T] -> for each of the N samples, those of its response tokens [R]."""
-        return list(torch.split(values.index_select(0, self.label_rows), self.response_lengths))
 
 
 def pack(samples: Sequence[Sample], budget: int) -> list[PackedBatch]:
@@ -153,11 +149,10 @@ def pack_one(samples: Sequence[Sample]) -> PackedBatch:
         label_rows=torch.from_numpy(label_rows),
         infer_logprobs=at_labels([_or(s.infer_logprobs, 0.0) for s in samples], np.float32, 0.0),
         advantages=at_labels([s.advantage for s in samples], np.float32, 0.0),
-        token_weights=at_labels([s.weight for s in samples], np.float32, 0.0),
+        token_weights=at_labels([s.token_weight for s in samples], np.float32, 0.0),
         versions=at_labels([_or(s.versions, -1) for s in samples], np.int32, -1),
         sequence=torch.from_numpy(np.repeat(np.arange(len(samples), dtype=np.int32), lengths)),
         rollouts=[sample.rollout for sample in samples],
-        response_lengths=[len(response) for response in responses],
     )
 
 

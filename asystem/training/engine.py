@@ -133,7 +133,7 @@ class TrainEngine:
             return list(micro)
         count = torch.tensor(len(micro), device=self.device)
         dist.all_reduce(count, dist.ReduceOp.MAX)
-        idle = pack_one([Sample(prompt_tokens=[0], tokens=[0])])
+        idle = pack_one([Sample(prompt_tokens=[0], tokens=[0], token_weight=0.0)])
         return [*micro, *[idle] * (int(count) - len(micro))]
 
     def _finish_step(self, stats: Stats, loss: float, micro: Sequence[PackedBatch]) -> None:
