@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,8 +61,7 @@ def reference(model: Decoder, prompts: np.ndarray, args: argparse.Namespace) -> 
     """The same through transformers, from the same weights."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, model.spec, folder)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    theirs.train(False)
+        theirs: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = torch.from_numpy(prompts).long()
     mask = torch.ones_like(tokens)
 
