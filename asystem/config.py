@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from asystem.errors import ConfigError
+from asystem.checks import check
 
 
 class RuntimeKind(str, Enum):
@@ -215,7 +215,4 @@ class Config:
         Raises:
             ConfigError: with the key, its value and the remedy.
         """
-        raise NotImplementedError
-
-
-__all__ = ["Config", "ConfigError"]
+        check(self)

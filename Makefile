@@ -1,0 +1,36 @@
+# make quickstart | test | check | clean.  PYTHON chooses the interpreter (3.11 to 3.13); all else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+export RAY_USAGE_STATS_ENABLED = 0
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: quickstart test unit check clean
+
+quickstart: .venv/.installed
+	$(BIN)/asystem train recipe=quickstart
+
+test: .venv/.dev
+	$(BIN)/python -m pytest tests
+
+unit: .venv/.dev
+	$(BIN)/python -m pytest tests/unit
+
+check: .venv/.dev
+	$(BIN)/ruff check asystem tests recipes benchmarks
+	$(BIN)/ruff format --check asystem tests recipes benchmarks
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and by its exact pin: whatever depends on it would otherwise take its newest CUDA build.
+.venv/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[wandb]'
+	touch $@
+
+.venv/.dev: .venv/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[wandb,dev]'
+	touch $@

@@ -1,0 +1,179 @@
+"""What a configuration may not say: one table of rules a section, all looked at before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from asystem.errors import ConfigError
+
+if TYPE_CHECKING:
+    from asystem.config import Config
+
+Rule = tuple[bool, str]
+"""(is it broken?, what is wrong with which numbers, and the remedy)."""
+
+
+def check(config: Config) -> None:
+    """Raises the first broken rule.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    for section in (_run, _model, _algorithm, _rollout, _liveness, _training, _placement, _others):
+        for broken, message in section(config):
+            if broken:
+                raise ConfigError(message)
+
+
+def _at_least(name: str, value: float, least: float) -> Rule:
+    return value < least, f"{name}={value:g} is below {least:g}"
+
+
+def _above(name: str, value: float, bound: float) -> Rule:
+    return not value > bound, f"{name}={value:g} must be above {bound:g}"
+
+
+def _run(config: Config) -> Iterator[Rule]:
+    yield _at_least("steps", config.steps, 1)
+    yield config.device not in ("auto", "cpu", "cuda"), f'device="{config.device}": choose auto, cpu or cuda'
+    yield _above("runtime.deadline_seconds", config.runtime.deadline_seconds, 0)
+    yield _above("runtime.start_seconds", config.runtime.start_seconds, 0)
+    yield _at_least("runtime.threads_per_rank", config.runtime.threads_per_rank, 1)
+
+
+def _model(config: Config) -> Iterator[Rule]:
+    model = config.model
+    if model.path is not None:
+        return
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        yield _at_least(f"model.{name}", getattr(model, name), 1)
+    yield (
+        model.num_heads % model.num_kv_heads != 0,
+        f"model.num_heads={model.num_heads} is no multiple of model.num_kv_heads={model.num_kv_heads}",
+    )
+    yield model.head_dim % 2 != 0, f"model.head_dim={model.head_dim} is odd; rotary embedding pairs its halves"
+
+
+def _algorithm(config: Config) -> Iterator[Rule]:
+    algorithm = config.algorithm
+    yield (
+        algorithm.group_size < 2,
+        f"algorithm.group_size={algorithm.group_size}: group advantages compare the samples of a prompt and need at "
+        "least 2",
+    )
+    yield algorithm.advantage != "grpo", f'algorithm.advantage="{algorithm.advantage}" is unknown (known: grpo)'
+    yield (
+        not 0 < algorithm.icepop_alpha < algorithm.icepop_beta,
+        f"IcePop's band [{algorithm.icepop_alpha:g}, {algorithm.icepop_beta:g}] needs 0 < icepop_alpha < icepop_beta; "
+        "Ring-1T used [0.5, 5]",
+    )
+    yield _above("algorithm.tis_cap", algorithm.tis_cap, 0)
+    yield not 0 < algorithm.clip_low < 1, f"algorithm.clip_low={algorithm.clip_low:g} must lie between 0 and 1"
+    yield _above("algorithm.clip_high", algorithm.clip_high, 0)
+    yield (
+        algorithm.normalizer.value == "budget" and config.rollout.token_budget is None,
+        "algorithm.normalizer=budget divides by rollout.token_budget, which is null; set it, or use response or token",
+    )
+
+
+def _rollout(config: Config) -> Iterator[Rule]:
+    rollout, group = config.rollout, config.algorithm.group_size
+    yield (
+        rollout.max_staleness < 0,
+        f"rollout.max_staleness={rollout.max_staleness} (η) is below 0; 0 is lockstep, 1 overlaps one batch",
+    )
+    yield (
+        rollout.token_budget is not None and rollout.token_budget <= 0,
+        f"rollout.token_budget={rollout.token_budget} (Φ) must be above 0, or null to wait for all rollouts",
+    )
+    yield rollout.retention < 0, f"rollout.retention={rollout.retention} (σ) is below 0"
+    yield (
+        rollout.capacity < group,
+        f"rollout.capacity={rollout.capacity} (Ω) is below one group of {group}; set it to a multiple of {group}",
+    )
+    below = rollout.capacity - rollout.capacity % group
+    yield (
+        rollout.capacity % group != 0,
+        f"rollout.capacity={rollout.capacity} (Ω) is no multiple of algorithm.group_size={group}; "
+        f"use {below} or {below + group}",
+    )
+    yield _at_least("rollout.max_new_tokens", rollout.max_new_tokens, 1)
+    yield _at_least("rollout.slice_steps", rollout.slice_steps, 1)
+    yield rollout.temperature <= 0, (
+        f"rollout.temperature={rollout.temperature:g}: rollouts are sampled, so it must be above 0"
+    )
+    yield not 0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p:g} must lie in (0, 1]"
+    yield _at_least("rollout.top_k", rollout.top_k, 0)
+    yield (
+        rollout.top_p < 1 or rollout.top_k > 0,
+        f"rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k}: training scores tokens under the whole distribution, "
+        "so truncated sampling would bias every ratio; use top_p=1 and top_k=0",
+    )
+
+
+def _liveness(config: Config) -> Iterator[Rule]:
+    """A group must be able to finish within σ + 1 windows, or it would be purged for ever (see `rollout.pool`)."""
+    rollout, group = config.rollout, config.algorithm.group_size
+    if rollout.token_budget is None:
+        return
+    needed, granted = group * rollout.max_new_tokens, rollout.token_budget * (rollout.retention + 1)
+    yield (
+        needed > granted,
+        f"a group of {group} × {rollout.max_new_tokens} new tokens cannot finish within "
+        f"rollout.retention+1={rollout.retention + 1} windows of rollout.token_budget={rollout.token_budget}: it would "
+        f"be purged for ever; raise token_budget to {-(-needed // (rollout.retention + 1))} or retention to "
+        f"{-(-needed // rollout.token_budget) - 1}, or lower max_new_tokens",
+    )
+
+
+def _training(config: Config) -> Iterator[Rule]:
+    training, warmup = config.training, config.training.warmup
+    yield _above("training.lr", training.lr, 0)
+    yield _at_least("training.micro_batch_tokens", training.micro_batch_tokens, 1)
+    yield _at_least("training.minibatches", training.minibatches, 1)
+    yield _above("training.clip_norm", training.clip_norm, 0)
+    yield _at_least("training.max_bad_steps", training.max_bad_steps, 1)
+    yield _at_least("training.warmup.steps", warmup.steps, 0)
+    yield _at_least("training.warmup.batch_size", warmup.batch_size, 1)
+    yield _above("training.warmup.lr", warmup.lr, 0)
+    for name, dtype in (("training", training.dtype), ("generation", config.generation.dtype)):
+        yield (
+            dtype not in ("auto", "float32", "bfloat16"),
+            f'{name}.dtype="{dtype}": choose auto, float32 or bfloat16',
+        )
+
+
+def _placement(config: Config) -> Iterator[Rule]:
+    inline, hybrid = config.runtime.kind.value == "inline", config.placement.kind.value == "hybrid"
+    for section in ("training", "generation", "reward"):
+        yield _at_least(f"{section}.ranks", getattr(config, section).ranks, 1)
+    yield (
+        inline and config.training.ranks > 1,
+        f"training.ranks={config.training.ranks} needs a process for each rank: use runtime=ray, or training.ranks=1",
+    )
+    yield (
+        hybrid and (config.training.ranks > 1 or config.generation.ranks > 1),
+        f"placement=hybrid with training.ranks={config.training.ranks} and generation.ranks={config.generation.ranks}: "
+        "hybrid placement runs on one rank so far; use placement=split",
+    )
+
+
+def _others(config: Config) -> Iterator[Rule]:
+    generation = config.generation
+    yield _at_least("generation.max_running", generation.max_running, 1)
+    yield _at_least("generation.block_size", generation.block_size, 1)
+    yield _at_least("generation.prefill_tokens", generation.prefill_tokens, 1)
+    yield not 0 <= config.reward.max_error_share <= 1, (
+        f"reward.max_error_share={config.reward.max_error_share:g} must lie between 0 and 1"
+    )
+    yield _at_least("evaluation.every", config.evaluation.every, 0)
+    yield _at_least("evaluation.prompts", config.evaluation.prompts, 1)
+    yield _at_least("evaluation.temperature", config.evaluation.temperature, 0)
+    yield _at_least("checkpoint.every", config.checkpoint.every, 0)
+    yield _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    yield _at_least("data.max_prompt_tokens", config.data.max_prompt_tokens, 1)
+    yield (
+        config.data.task is None and config.data.train is None,
+        "no dataset: set data.task to the recipe's task.py or data.train to a JSONL file",
+    )

@@ -1,0 +1,108 @@
+"""The command line: `asystem train recipe=NAME [key=value ...]`.
+
+Only overrides, and the configuration is composed and checked here, in words of ours; with flags (--multirun, --cfg,
+--help, --shell-completion) Hydra takes over. Nothing heavy is imported before the configuration has been checked.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from asystem import __version__
+from asystem.config import Config
+from asystem.errors import AsystemError, ConfigError, DataError, ModelError, nearest
+
+USAGE = f"""asystem {__version__}: asynchronous reinforcement learning of language models
+
+  asystem train recipe=NAME [group=option ...] [key=value ...]
+      --multirun   one run for each combination of comma-separated values
+      --cfg job    show the configuration and start nothing
+      --help       Hydra's help: groups, options and flags
+  asystem report RUN_FOLDER     write its report.html anew
+
+A recipe is a folder with a config.yaml: recipes/NAME here, a shipped one, or any path."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, 1 for a failed run, 2 for bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in ("-sc", "--shell_completion"):
+        arguments.insert(0, "train")  # what a shell's completion asks
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    return _one_line(lambda: _run(arguments[0], arguments[1:]))
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    if command not in COMMANDS:
+        raise ConfigError(f'unknown command "{command}"{nearest(command, COMMANDS)}')
+    COMMANDS[command](arguments)
+
+
+def _train(arguments: list[str]) -> None:
+    from asystem.compose import load_config
+
+    if any(argument.startswith("-") for argument in arguments):
+        _with_hydra(arguments)
+        return
+    _start(load_config(arguments))
+
+
+def _start(config: Config) -> None:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        from asystem.controller.run import train
+
+        train(config)
+        return
+    from asystem.spmd import bootstrap  # one process a node: node 0 controls, the others lend their ranks
+
+    with bootstrap() as is_controller:
+        if is_controller:
+            from asystem.controller.run import train
+
+            train(config)
+
+
+def _with_hydra(arguments: list[str]) -> None:
+    import hydra
+
+    from asystem.compose import register, to_config
+
+    if "COMP_LINE" in os.environ:  # Hydra completes what follows the program's name, which for it is `asystem train`
+        os.environ["COMP_LINE"] = os.environ["COMP_LINE"].replace(" train ", " ", 1)
+    sys.argv = ["asystem", *arguments]
+    folder = register()
+    hydra.main(config_path=str(folder), config_name="config", version_base="1.3")(lambda cfg: _start(to_config(cfg)))()
+
+
+def _report(arguments: list[str]) -> None:
+    if len(arguments) != 1 or not (Path(arguments[0]) / "metrics.jsonl").is_file():
+        raise ConfigError(f"asystem report RUN_FOLDER: {' '.join(arguments) or 'nothing'} is no run's folder")
+    from asystem.tracking import write_report
+
+    print(write_report(Path(arguments[0])))
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "report": _report}
+
+
+def _one_line(run: Callable[[], None]) -> int:
+    """Errors of ours as one line; ASYSTEM_DEBUG=1 shows where they come from."""
+    try:
+        run()
+    except AsystemError as error:
+        if os.environ.get("ASYSTEM_DEBUG"):
+            raise
+        print(f"asystem: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, (ConfigError, DataError, ModelError)) else 1
+    except KeyboardInterrupt:
+        print("asystem: interrupted", file=sys.stderr)
+        return 130
+    return 0
