@@ -165,9 +165,9 @@ def _keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 def _one_line(error: BaseException) -> str:
     """Hydra's and OmegaConf's messages, which run over several lines, as one that names the key."""
-    text = str(error)
+    text = str(error).partition("ConfigKeyError raised while composing config:\n")[2] or str(error)
     cause = error.__cause__ or error.__context__
-    if "full_key" not in text and cause is not None and "full_key" in str(cause):
+    if cause is not None and "full_key" in str(cause):
         text = str(cause)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")

@@ -1,0 +1,87 @@
+"""Whole runs in one process: they learn, they repeat exactly, and they keep their bounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Run, metrics
+
+from asystem.errors import RewardError
+from asystem.tracking import is_timing
+
+
+def test_a_model_learns(run: Run) -> None:
+    run_dir, summary = run("steps=40", "evaluation.every=40")
+    assert summary["status"] == "finished"
+    assert summary["eval_first"] < 0.75
+    assert summary["eval_last"] > summary["eval_first"] + 0.2
+    rewards = [row["reward/mean"] for row in metrics(run_dir)[1:]]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+
+
+def test_two_runs_with_one_seed_have_equal_metrics(run: Run) -> None:
+    first, second = (metrics(run("rollout.max_staleness=2", "rollout.retention=2")[0]) for _ in range(2))
+    assert len(first) == 5
+    for a, b in zip(first, second, strict=True):
+        assert {k: v for k, v in a.items() if not is_timing(k)} == {k: v for k, v in b.items() if not is_timing(k)}
+    other = metrics(run("rollout.max_staleness=2", "rollout.retention=2", "seed=1")[0])
+    assert other[-1]["train/grad_norm"] != first[-1]["train/grad_norm"]
+
+
+@pytest.mark.parametrize(("eta", "sigma"), [(0, 0), (0, 1), (1, 1), (3, 2)])
+def test_staleness_keeps_its_bound(run: Run, eta: int, sigma: int) -> None:
+    run_dir, _ = run("steps=8", f"rollout.max_staleness={eta}", f"rollout.retention={sigma}", "training.warmup.steps=2")
+    rows = metrics(run_dir)[1:]
+    assert max(row["rollout/staleness_max"] for row in rows) <= eta + sigma
+    assert all(row["version"] == row["step"] for row in rows)
+
+
+def test_the_synchronous_baseline_is_on_policy(run: Run) -> None:
+    run_dir, _ = run("rollout=sync", "rollout.capacity=64", "training.warmup.steps=2")
+    for row in metrics(run_dir)[1:]:
+        assert row["rollout/staleness_max"] == row["rollout/carried"] == 0
+        assert row["rollout/groups"] == 8
+        assert row["mismatch/logprob_diff_max"] < 1e-4  # the same weights through both runtimes
+
+
+def test_hybrid_placement_gives_the_metrics_of_split_in_lockstep(run: Run) -> None:
+    overrides = ("rollout=sync", "rollout.capacity=64", "training.warmup.steps=2")
+    split, hybrid = metrics(run(*overrides)[0]), metrics(run(*overrides, "placement=hybrid")[0])
+    for a, b in zip(split, hybrid, strict=True):
+        assert {k: v for k, v in a.items() if not is_timing(k)} == {k: v for k, v in b.items() if not is_timing(k)}
+
+
+def test_several_updates_a_batch_clip_against_the_first_weights(run: Run) -> None:
+    run_dir, _ = run("training.minibatches=2", "steps=3")
+    rows = metrics(run_dir)[1:]
+    assert any(row["train/clip_fraction"] > 0 for row in rows)
+
+
+def test_a_run_folder_holds_what_the_design_names(run: Run) -> None:
+    run_dir, summary = run("steps=3", "evaluation.every=2", "checkpoint.every=1", "checkpoint.keep_last=2")
+    assert [row["step"] for row in metrics(run_dir)] == [0, 1, 2, 3]
+    assert json.loads((run_dir / "summary.json").read_text())["tokens_trained"] == summary["tokens_trained"] > 0
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    assert (run_dir / "report.html").stat().st_size > 1000
+    assert json.loads((run_dir / "timeline.json").read_text())["traceEvents"]
+    rollouts = [json.loads(line) for line in (run_dir / "rollouts" / "step-000001-rank0.jsonl").read_text().splitlines()]
+    for rollout in rollouts:
+        assert len(rollout["tokens"]) == len(rollout["infer_logprobs"]) == len(rollout["train_logprobs"])
+        assert len(rollout["versions"]) == len(rollout["mask"]) == len(rollout["tokens"])
+        assert rollout["prompt_text"].endswith("=")
+    assert (run_dir / "config.yaml").is_file()
+
+
+def test_a_reward_that_raises_is_masked_and_counted(recipe: Path, run: Run) -> None:
+    task = recipe / "task.py"
+    broken = '    if row["prompt"].startswith("3"):\n        raise ValueError("no threes")\n    return float'
+    task.write_text(task.read_text().replace("    return float", broken))
+    run_dir, summary = run("reward.max_error_share=0.9", "training.warmup.steps=2")
+    assert summary["status"] == "finished"
+    assert sum(row["reward/errors"] for row in metrics(run_dir)[1:]) > 0
+    with pytest.raises(RewardError, match=r"rewards failed at step \d+.*ValueError: no threes"):
+        run("reward.max_error_share=0.0", "training.warmup.steps=2")
+    latest = json.loads((recipe.parent.parent / "runs" / "larger" / "latest" / "summary.json").read_text())
+    assert latest["status"] == "failed"
