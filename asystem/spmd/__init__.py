@@ -6,4 +6,15 @@ from asystem.spmd.group import replicas, spawn
 from asystem.spmd.remote import Collect, Dispatch, Worker, remote
 from asystem.spmd.runtime import Runtime, make_runtime
 
-__all__ = ["Collect", "Dispatch", "Runtime", "Worker", "bootstrap", "make_runtime", "remote", "replicas", "spawn", "store"]
+__all__ = [
+    "Collect",
+    "Dispatch",
+    "Runtime",
+    "Worker",
+    "bootstrap",
+    "make_runtime",
+    "remote",
+    "replicas",
+    "spawn",
+    "store",
+]

@@ -9,7 +9,6 @@ The store is the one that torchrun's rendezvous has made. When any node's proces
 
 from __future__ import annotations
 
-import _thread
 import ctypes
 import json
 import os
@@ -21,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,11 +30,11 @@ from asystem.errors import ConfigError, WorkerError, WorkerTimeout
 from asystem.spmd.runtimes.cluster import NODE_RESOURCE, new_temp_dir, remove_temp_dir, token_environment
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 BEAT_SECONDS = 1.0
-LOST_SECONDS = 30.0  # without a beat, a node counts as lost
-DONE, FAILED = b"done", b"failed"
+LOST_SECONDS = 20.0  # without a beat, a node counts as lost
+DONE, FAILED = "done", "failed"
 
 
 @contextmanager
@@ -93,30 +92,32 @@ class _Node:
                     if not lost:
                         raise
             if lost:
-                raise lost[0]
+                raise lost[0] from None
             outcome = DONE
         finally:
             self._dismiss(outcome)
 
     def follow(self) -> None:
         """Other nodes: join, and stay until node 0 is through."""
-        self._join()
-        while not self.store.check(["outcome"]):
-            self._beat()
-            time.sleep(BEAT_SECONDS)
-        outcome = self.store.get("outcome")
-        self.store.set(f"left/{self.rank}", b"")
+        with self._store_lives():
+            self._join()
+            while not self.store.check(["outcome"]):
+                self._beat()
+                time.sleep(BEAT_SECONDS)
+            outcome = self.store.get("outcome").decode()
+            self.store.set(f"left/{self.rank}", "")
         if outcome == FAILED:
             raise self._error(0, "run", "the controller failed; its output says why")
 
     def stop_ray(self) -> None:
         """Ends this node's Ray processes, and no others on the machine, as ``ray stop`` would."""
-        if self._ray is not None and self._ray.poll() is None:
-            os.killpg(self._ray.pid, signal.SIGTERM)
-            try:
+        if self._ray is not None:
+            self._ray.terminate()  # it ends its children in order; told all at once, they wait for each other
+            with suppress(subprocess.TimeoutExpired):
                 self._ray.wait(timeout=15)
-            except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
                 os.killpg(self._ray.pid, signal.SIGKILL)
+            self._ray.wait()
         remove_temp_dir(self.temp_dir)
 
     def _start_head(self) -> None:
@@ -124,8 +125,8 @@ class _Node:
         port = _free_port(address)
         os.environ.update(token_environment(token))
         self._start_ray(["--head", f"--port={port}", f"--node-ip-address={address}", "--include-dashboard=false"])
-        self.store.set("joined/0", socket.gethostname().encode())
-        self.store.set("cluster", json.dumps({"address": f"{address}:{port}", "token": token}).encode())
+        self.store.set("joined/0", socket.gethostname())
+        self.store.set("cluster", json.dumps({"address": f"{address}:{port}", "token": token}))
         os.environ["RAY_ADDRESS"] = f"{address}:{port}"
         for peer in range(1, self.num_nodes):
             self._await(f"joined/{peer}", peer, "join")
@@ -137,13 +138,13 @@ class _Node:
         host, port = cluster["address"].rsplit(":", 1)
         own = _address_towards(host, int(port))
         self._start_ray([f"--address={cluster['address']}", f"--node-ip-address={own}"])
-        self.store.set(f"joined/{self.rank}", socket.gethostname().encode())
+        self.store.set(f"joined/{self.rank}", socket.gethostname())
 
     def _start_ray(self, options: list[str]) -> None:
         log = self.temp_dir / "start.log"
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *options]
-        command += [f"--temp-dir={self.temp_dir}"] if "--head" in options else []
-        command += [f"--object-store-memory={self.config.object_store_bytes}", *_random_ports()]
+        command += [f"--temp-dir={self.temp_dir}", f"--object-store-memory={self.config.object_store_bytes}"]
+        command += _random_ports()
         command += [f"--resources={json.dumps({f'{NODE_RESOURCE}{self.rank}': 1})}"]
         with log.open("wb") as output:
             self._ray = subprocess.Popen(
@@ -177,10 +178,12 @@ class _Node:
         def watch() -> None:
             while not stop.wait(BEAT_SECONDS):
                 try:
-                    self._beat()
+                    with self._store_lives():
+                        self._beat()
                 except WorkerError as error:
                     lost.append(error)
-                    return _thread.interrupt_main()
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    return
 
         thread = threading.Thread(target=watch, name="nodes", daemon=True)
         thread.start()
@@ -197,10 +200,10 @@ class _Node:
             WorkerError: a peer has given none for `LOST_SECONDS`, has said that it ends, or Ray has ended here.
         """
         if self._ray is not None and self._ray.poll() is not None:
-            self._send(f"lost/{self.rank}", b"its Ray processes ended")
+            self.store.set(f"lost/{self.rank}", "its Ray processes ended")
             raise self._error(self.rank, "run", f"its Ray processes ended with code {self._ray.returncode}")
         self._beats += 1
-        self._send(f"beat/{self.rank}", str(self._beats).encode())
+        self.store.set(f"beat/{self.rank}", str(self._beats))
         for peer, (beat, when) in self._seen.items():
             if self.store.check([f"lost/{peer}"]):
                 raise self._error(peer, "run", self.store.get(f"lost/{peer}").decode())
@@ -210,17 +213,18 @@ class _Node:
             elif time.monotonic() - when > LOST_SECONDS:
                 raise self._error(peer, "run", f"no sign of life for {LOST_SECONDS:g} s")
 
-    def _send(self, key: str, value: bytes) -> None:
+    @contextmanager
+    def _store_lives(self) -> Iterator[None]:
         try:
-            self.store.set(key, value)
-        except RuntimeError:  # what torch raises when the store's server is gone
-            raise self._error(0, "run", "torchrun's store is gone: its process on node 0 has ended") from None
+            yield
+        except RuntimeError as error:  # torch's, when the server of the store is gone
+            raise self._error(0, "run", "torchrun's store is gone: its process on node 0 has ended") from error
 
-    def _dismiss(self, outcome: bytes) -> None:
+    def _dismiss(self, outcome: str) -> None:
         """Tells the other nodes that the run is over, and gives them time to read it before the store is gone."""
         self.store.set("outcome", outcome)
-        end = time.monotonic() + 10 * BEAT_SECONDS
-        peers = [f"left/{peer}" for peer in range(1, self.num_nodes) if self.store.check([f"joined/{peer}"])]
+        end = time.monotonic() + 5 * BEAT_SECONDS
+        peers = [f"left/{peer}" for peer in self._seen if self.store.check([f"joined/{peer}"])]
         while time.monotonic() < end and not all(self.store.check([peer]) for peer in peers):
             time.sleep(0.1)
 
@@ -229,7 +233,7 @@ class _Node:
 
 
 def _rendezvous(seconds: float) -> Store:
-    from torch.distributed import PrefixStore, rendezvous
+    from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
     store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=seconds)))
     return PrefixStore("asystem", store)

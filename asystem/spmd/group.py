@@ -71,9 +71,10 @@ def spawn(
 
 def replicas(group: W) -> list[W]:
     """One view of one rank each, typed as the worker, to talk to every rank at its own pace."""
-    if not isinstance(group, WorkerGroup):
+    view: object = group
+    if not isinstance(view, WorkerGroup):
         return [group]  # a bare worker is its own only rank
-    return [cast(W, WorkerGroup(group.group_, [rank])) for rank in group.ranks_]
+    return [cast(W, WorkerGroup(view.group_, [rank])) for rank in view.ranks_]
 
 
 class WorkerGroup:
@@ -106,8 +107,12 @@ class Group:
         self._routed = [0] * len(ranks)  # calls that each rank was chosen for
         self._answered = [0.0] * len(ranks)  # when each rank last answered, monotonic seconds
 
-    def call(self, name: str, mode: Mode, ranks: Sequence[int], /, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+    def call(
+        self, name: str, mode: Mode, ranks: Sequence[int], /, *args: Any, **kwargs: Any
+    ) -> Coroutine[Any, Any, Any]:
         """Hands a call to the ranks, and returns the coroutine that waits for them."""
+        if not _in_event_loop():  # as in asyncio.run(group.update(batch)): handed over when the coroutine starts
+            return self._later(name, mode, ranks, *args, **kwargs)
         if self.failure is not None:
             raise self.failure
         if self._starting is None:
@@ -119,13 +124,16 @@ class Group:
         pending = {self._submit(rank, name, *share): rank for rank, share in zip(ranks, shares, strict=True)}
         return self._finish(name, mode, pending)
 
+    async def _later(self, name: str, mode: Mode, ranks: Sequence[int], /, *args: Any, **kwargs: Any) -> Any:
+        return await self.call(name, mode, ranks, *args, **kwargs)
+
     def _shares(
         self, name: str, mode: Mode, parts: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
         if mode.dispatch is not Dispatch.SPLIT or parts == 1:
             return [(args, kwargs)] * parts
         if not args and mode.first not in kwargs:
-            raise TypeError(f"{self.spec.name}.{name}: the argument {mode.first!r}, which is cut over ranks, is missing")
+            raise TypeError(f"{self.spec.name}.{name}: {mode.first!r}, which is cut over the ranks, is missing")
         whole = args[0] if args else kwargs[mode.first]
         try:
             cuts = cut(whole, parts, even=self.spec.collective)
@@ -211,3 +219,11 @@ class Group:
 
     def _host(self, rank: int) -> str:
         return self.ranks[rank].where.host
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

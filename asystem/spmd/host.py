@@ -93,7 +93,10 @@ class Host:
 
     async def run(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reply:
         """Runs one remote method. Exceptions become part of the reply."""
-        return await _timed(remote_method(type(self.worker), method).function(self.worker, *args, **kwargs))
+        return await _timed(self._call(method, args, kwargs))
+
+    async def _call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return await remote_method(type(self.worker), method).function(self.worker, *args, **kwargs)
 
     async def _start(self, address: str | None) -> None:
         spec = self.spec
@@ -110,6 +113,7 @@ async def _timed(call: Coroutine[Any, Any, Any]) -> Reply:
     try:
         return Reply(await call, None, start, time.time())
     except Exception as error:
+        # The first two frames are those of this file.
         frames = error.__traceback__ and error.__traceback__.tb_next and error.__traceback__.tb_next.tb_next
         trace = "".join(traceback.format_exception(type(error), error, frames)[-8:]).rstrip()
         return Reply(None, Failure(_one_line(error), trace, error), start, time.time())

@@ -15,7 +15,7 @@ def open_rendezvous(host: str, world_size: int) -> str:
     The port is bound here and stays bound, so that no other program can take it before the ranks come.
     """
     global _store
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     _store = TCPStore(host, 0, world_size, is_master=True, wait_for_workers=False)
     return f"{host}:{_store.port}"
@@ -28,15 +28,15 @@ def form_process_group(rank: int, world_size: int, address: str, timeout_seconds
     """
     global _store
     import torch
-    import torch.distributed as dist
+    from torch.distributed import PrefixStore, TCPStore, init_process_group  # type: ignore[attr-defined]
 
     host, port = address.rsplit(":", 1)
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, port
     if rank != 0:
-        _store = dist.TCPStore(host, int(port), world_size, is_master=False)
-    dist.init_process_group(
+        _store = TCPStore(host, int(port), world_size, is_master=False)
+    init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        store=dist.PrefixStore("group", _store),
+        store=PrefixStore("group", _store),
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_seconds),

@@ -20,7 +20,8 @@ OnCall = Callable[[CallRecord], None]
 class Rank(Protocol):
     """One rank, as the controller sees it. Calls run in the order in which they are made."""
 
-    where: Whereabouts
+    @property
+    def where(self) -> Whereabouts: ...
 
     def started(self) -> asyncio.Future[Reply]:
         """Answers when the worker stands and `Worker.setup` is through."""

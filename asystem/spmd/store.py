@@ -36,10 +36,11 @@ class InProcess:
 _backend: Backend = InProcess()
 
 
-def use(backend: Backend) -> None:
-    """Makes ``backend`` the store of this process."""
+def use(backend: Backend) -> Backend:
+    """Makes ``backend`` the store of this process, and returns the one before."""
     global _backend
-    _backend = backend
+    previous, _backend = _backend, backend
+    return previous
 
 
 def put(value: T) -> Ref[T]:

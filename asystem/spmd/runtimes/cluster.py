@@ -50,6 +50,6 @@ def identity(resources: Mapping[str, float]) -> str | None:
 
 
 def choose_node(free_gpus: Mapping[str, float], groups: Mapping[str, int], gpus: float) -> str | None:
-    """The node for the next group when groups are to be spread: the emptiest with enough free GPUs; None if none has."""
+    """The node for the next group when groups are spread: the emptiest with enough free GPUs; None if none has."""
     fitting = [node for node, free in free_gpus.items() if free >= gpus]
     return min(fitting, key=lambda node: (groups.get(node, 0), node), default=None)

@@ -55,7 +55,7 @@ class InlineRuntime:
 
     def __init__(self, config: RuntimeConfig, on_call: OnCall | None = None) -> None:
         self.config, self.on_call = config, on_call
-        store.use(store.InProcess())
+        self._previous_store = store.use(store.InProcess())
 
     def start_group(self, spec: GroupSpec) -> list[InlineRank]:
         if spec.collective and spec.ranks > 1:
@@ -66,7 +66,8 @@ class InlineRuntime:
         return [InlineRank(spec, rank) for rank in range(spec.ranks)]
 
     def close(self) -> None:
-        """Nothing outlives the event loop."""
+        """Calls that still run end with their event loop."""
+        store.use(self._previous_store)
 
     def __enter__(self) -> InlineRuntime:
         return self

@@ -31,7 +31,6 @@ from asystem.spmd.process_group import open_rendezvous
 from asystem.spmd.runtime import OnCall
 from asystem.spmd.runtimes.cluster import choose_node, identity, new_temp_dir, remove_temp_dir
 
-
 _RAY_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines by which Ray marks its log files
 
 
@@ -54,7 +53,7 @@ class RankActor:
         # Before torch is imported, which unpickling the worker's type will do. A rank that owns a GPU sees no other.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0" if owns_gpu else str(rank))
         os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=False)
+        faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
         store.use(SharedMemory())
         self.loop = asyncio.new_event_loop()
 
@@ -163,7 +162,7 @@ class RayRuntime:
         self._owns_connection = not ray.is_initialized()
         if self._owns_connection:
             self._connect()
-        store.use(SharedMemory())
+        self._previous_store = store.use(SharedMemory())
 
     def start_group(self, spec: GroupSpec) -> list[RayRank]:
         gpus = self._gpus_per_rank(spec)
@@ -189,7 +188,7 @@ class RayRuntime:
         for group in self._placement_groups:
             remove_placement_group(group)
         self._ranks, self._placement_groups = [], []
-        store.use(store.InProcess())
+        store.use(self._previous_store)
         if self._owns_connection:
             ray.shutdown()
         if self._temp_dir is not None:
