@@ -85,7 +85,7 @@ def _stats(
         stats.add_mean("train/entropy", float(entropies[finite].sum()), log_k.size)
     if cfg.correction is Correction.icepop:
         stats.add_mean("icepop/masked_fraction", float(masked.sum()), count)
-        if entropy is not None:
+        if entropy is not None and masked.any():
             stats.add_mean("icepop/masked_entropy", float(entropies[masked].sum()), float(masked.sum()))
     elif cfg.correction is Correction.tis:
         stats.add_mean("tis/capped_fraction", float((log_k > np.log(cfg.tis_cap)).sum()), count)

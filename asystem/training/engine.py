@@ -109,7 +109,8 @@ class TrainEngine:
 
     def save(self, folder: Path) -> None:
         """Writes masters, moments and the schedule's position; every rank calls it."""
-        extra = {"lr": asdict(self.lr), "steps": self.steps, "bad_steps": self.bad_steps}
+        schedule = asdict(self.lr) | {"schedule": self.lr.schedule.name}
+        extra = {"lr": schedule, "steps": self.steps, "bad_steps": self.bad_steps}
         save_checkpoint(Path(folder), self.optimizer.tensors(), extra, world_size=self.world_size)
 
     def load(self, folder: Path) -> None:
@@ -120,7 +121,7 @@ class TrainEngine:
         """
         extra = load_checkpoint(Path(folder), self.optimizer.tensors(), world_size=self.world_size)
         self.optimizer.publish()
-        self.lr = LearningRate(**(extra["lr"] | {"schedule": Schedule(extra["lr"]["schedule"])}))
+        self.lr = LearningRate(**(extra["lr"] | {"schedule": Schedule[extra["lr"]["schedule"]]}))
         self.steps, self.bad_steps = extra["steps"], extra["bad_steps"]
 
     def _forward(self, packed: PackedBatch, loss_fn: LossFn) -> tuple[Tensor, Stats]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from asystem.data.packing import PackedBatch
+from asystem.errors import ConfigError
 from asystem.models import Decoder, PackedAttention
 
 # Logits held at once. 2^27 float32 are 512 MiB; softmax and its gradient hold about three times that.
@@ -17,6 +18,11 @@ class Policy(nn.Module):
     """Decoder and head in one forward, so that FSDP has the head's weights gathered while they are used."""
 
     def __init__(self, decoder: Decoder, temperature: float = 1.0) -> None:
+        if temperature <= 0:
+            raise ConfigError(
+                f"rollout.temperature is {temperature}: greedy rollouts have no log-probabilities to train on; "
+                "set it above 0"
+            )
         super().__init__()
         self.decoder = decoder
         self.temperature = temperature

@@ -1,0 +1,166 @@
+"""Two gloo ranks against one process: losses, weights, checkpoints and exported weights are the same."""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from asystem.config import TrainingConfig
+from asystem.data.packing import PackedBatch, Sample, pack
+from asystem.errors import TrainingError
+from asystem.models import Decoder, ModelSpec, init_weights
+from asystem.state import export_weights, import_weights
+from asystem.stats import Stats, merge
+from asystem.training import TrainEngine, supervised_loss
+
+WORLD, VOCAB, STEPS = 2, 23, 4
+
+# Which of the five samples each rank has: about half, one micro-batch against several, all and none.
+SHARES = {"even": [[0, 2, 4], [1, 3]], "uneven": [[0, 1, 2, 3], [4]], "empty": [[0, 1, 2, 3, 4], []]}
+SCENARIOS = [("even", True), ("uneven", False), ("empty", True)]  # share, tied head
+ALL = [0, 1, 2, 3, 4]
+
+
+def _model(tied: bool) -> Decoder:
+    model = Decoder(ModelSpec("qwen3", VOCAB, 16, 24, 2, 4, 2, 4, qk_norm=True, qkv_bias=True, tie_embeddings=tied))
+    init_weights(model, 0, std=0.2)
+    return model
+
+
+def _engine(tied: bool, world_size: int, **changes: Any) -> TrainEngine:
+    cfg = TrainingConfig(**({"lr": 1e-2, "eps": 1e-4, "clip_norm": 0.5, "max_bad_steps": 3} | changes))
+    return TrainEngine(_model(tied), cfg, device="cpu", world_size=world_size, total_steps=10)
+
+
+def _samples() -> list[Sample]:
+    rng = np.random.default_rng(0)
+    lengths = [4, 1, 9, 6, 3]
+    return [
+        Sample(rng.integers(0, VOCAB, 2), rng.integers(0, VOCAB, n), 1 / sum(lengths), rollout=i)
+        for i, n in enumerate(lengths)
+    ]
+
+
+def _micro(rows: list[int]) -> list[PackedBatch]:
+    samples = _samples()
+    return pack([samples[row] for row in rows], budget=12)
+
+
+def _train(engine: TrainEngine, rows: list[int]) -> tuple[list[Stats], list[Tensor]]:
+    stats = [engine.step(_micro(rows), supervised_loss) for _ in range(STEPS)]
+    logprobs = engine.logprobs(_micro(rows))
+    # A step after a pass without gradients must see the new weights again.
+    stats.append(engine.step(_micro(rows), supervised_loss))
+    return stats, logprobs
+
+
+def _scenario(rank: int, folder: Path, share: str, tied: bool) -> dict[str, Any]:
+    """Trains, saves, loads into a second engine, and trains that on."""
+    engine = _engine(tied, WORLD)
+    assert all(isinstance(p, DTensor) for p in engine.model.parameters())
+    stats, logprobs = _train(engine, SHARES[share][rank])
+    payload = export_weights(engine.model, keep=rank == 0)
+    engine.save(folder / share)
+    resumed = _engine(tied, WORLD)
+    resumed.load(folder / share)
+    resumed.step(_micro(SHARES[share][rank]), supervised_loss)
+    after = export_weights(resumed.model, keep=rank == 0)
+    return {"stats": stats, "logprobs": logprobs, "payload": payload, "resumed": after}
+
+
+def _bad_gradient_on_rank_1(rank: int) -> dict[str, Any]:
+    engine = _engine(True, WORLD)
+    first = export_weights(engine.model)
+
+    def loss_fn(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
+        return logprobs.sum() * (math.nan if rank == 1 else 1.0), Stats()
+
+    stats = [engine.step(_micro([rank]), loss_fn) for _ in range(2)]
+    after = export_weights(engine.model)
+    error = ""
+    try:
+        engine.step(_micro([rank]), loss_fn)
+    except TrainingError as raised:
+        error = str(raised)
+    return {"stats": stats, "before": first, "after": after, "error": error}
+
+
+def _rank(rank: int, folder: Path) -> None:
+    """All scenarios in one pair of processes, which take longer to start than to train."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    results = {share: _scenario(rank, folder, share, tied) for share, tied in SCENARIOS}
+    results["bad"] = _bad_gradient_on_rank_1(rank)
+    torch.save(results, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where both ranks left their results and checkpoints."""
+    path = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_rank, (path,), nprocs=WORLD)  # type: ignore[no-untyped-call]
+    return path
+
+
+def _results(folder: Path, share: str) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False)[share] for rank in range(WORLD)]
+
+
+def _assert_weights(payload: Any, engine: TrainEngine) -> None:
+    found = _model(engine.model.spec.tie_embeddings)
+    import_weights(found, payload)
+    for name, p in engine.model.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), p, atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(("share", "tied"), SCENARIOS)
+def test_two_ranks_equal_one_process(folder: Path, share: str, tied: bool) -> None:
+    ranks = _results(folder, share)
+    alone = _engine(tied, 1)
+    expected, _ = _train(alone, ALL)
+    for step, stats in enumerate(expected):
+        found = merge(rank["stats"][step] for rank in ranks).to_dict()
+        assert found == pytest.approx(stats.to_dict(), abs=1e-5)
+    assert ranks[1]["payload"] is None
+    _assert_weights(ranks[0]["payload"], alone)
+
+
+@pytest.mark.parametrize(("share", "tied"), SCENARIOS)
+def test_logprobs_of_two_ranks_equal_one_process(folder: Path, share: str, tied: bool) -> None:
+    alone = _engine(tied, 1)
+    for _ in range(STEPS):
+        alone.step(_micro(ALL), supervised_loss)
+    for rank, rows in zip(_results(folder, share), SHARES[share], strict=True):
+        for found, wanted in zip(rank["logprobs"], alone.logprobs(_micro(rows)), strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("share", "tied"), SCENARIOS)
+def test_a_checkpoint_of_two_ranks_resumes_on_two_and_on_one(folder: Path, share: str, tied: bool) -> None:
+    alone = _engine(tied, 1)
+    alone.load(folder / share)
+    saved, _ = _results(folder, share)
+    _assert_weights(saved["payload"], alone)
+    alone.step(_micro(ALL), supervised_loss)
+    _assert_weights(saved["resumed"], alone)
+
+
+def test_a_bad_gradient_on_one_rank_is_skipped_by_all(folder: Path) -> None:
+    ranks = _results(folder, "bad")
+    assert merge(part for rank in ranks for part in rank["stats"]).to_dict()["train/skipped"] == 2
+    for number, rank in enumerate(ranks):
+        assert np.array_equal(rank["before"].buffer, rank["after"].buffer)
+        assert "3 steps in a row had a NaN or infinite gradient" in rank["error"]
+        assert f"trained rollouts {number}." in rank["error"]

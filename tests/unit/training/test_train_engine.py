@@ -1,0 +1,163 @@
+"""The engine in one process: cutting into micro-batches, bad gradients, precision, learning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from training_helpers import make_engine, make_model, make_samples, weights
+
+from asystem.algorithms import policy_loss
+from asystem.config import AlgorithmConfig, Schedule
+from asystem.data.packing import PackedBatch, pack, pack_one
+from asystem.errors import TrainingError
+from asystem.stats import Stats
+from asystem.training import supervised_loss
+
+
+def _rl_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
+    return policy_loss(
+        logprobs,
+        infer_logprobs=packed.infer_logprobs,
+        advantages=packed.advantages,
+        token_weights=packed.token_weights,
+        mask=packed.mask,
+        cfg=AlgorithmConfig(icepop_alpha=0.01, icepop_beta=100.0),
+        entropy=entropy,
+    )
+
+
+@pytest.mark.parametrize("loss_fn", [supervised_loss, _rl_loss])
+@pytest.mark.parametrize("budget", [1, 14, 20])
+def test_micro_batches_add_up_to_one_batch(loss_fn: object, budget: int) -> None:
+    samples = make_samples([4, 1, 9, 6, 3])
+    whole, cut = make_engine(), make_engine()
+    for _ in range(3):
+        one = whole.step([pack_one(samples)], loss_fn).to_dict()  # type: ignore[arg-type]
+        many = cut.step(pack(samples, budget), loss_fn).to_dict()  # type: ignore[arg-type]
+        assert many == pytest.approx(one, abs=1e-5)
+    after = weights(cut.model)
+    for name, expected in weights(whole.model).items():
+        torch.testing.assert_close(after[name], expected, atol=1e-5, rtol=0, msg=name)
+    assert len(pack(samples, budget)) > 1
+
+
+def test_the_loss_is_the_mean_cross_entropy_and_falls() -> None:
+    samples = make_samples([4, 1, 9])
+    engine = make_engine()
+    packed = pack_one(samples)
+    before = engine.logprobs([packed])[0][packed.mask]
+    losses = [engine.step([packed], supervised_loss).to_dict()["train/loss"] for _ in range(30)]
+    assert losses[0] == pytest.approx(-float(before.mean()), abs=1e-5)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_positive_advantage_makes_its_tokens_likelier() -> None:
+    good, bad = (replace(s, advantage=a) for s, a in zip(make_samples([5, 5]), (1.0, -1.0), strict=True))
+    engine, packed = make_engine(lr=1e-3), pack_one([good, bad])
+    before = engine.logprobs([packed])[0]
+    engine.step([packed], _rl_loss)
+    change = (engine.logprobs([packed])[0] - before)[packed.mask].split(5)
+    assert float(change[0].mean()) > 0 > float(change[1].mean())
+
+
+def test_the_gradient_is_clipped_by_its_global_norm() -> None:
+    samples = make_samples([4, 6])
+
+    # SGD-like AdamW: with a huge eps the step is lr * g / eps, so that its norm shows the clipped gradient's.
+    def moved(clip_norm: float) -> tuple[float, float]:
+        engine = make_engine(lr=1.0, eps=1e6, weight_decay=0.0, clip_norm=clip_norm)
+        before = weights(engine.model)
+        stats = engine.step([pack_one(samples)], supervised_loss).to_dict()
+        change = [1e6 * (before[name] - value).double() for name, value in weights(engine.model).items()]
+        return float(torch.stack([c.norm() for c in change]).norm()), stats["train/grad_norm"]
+
+    free, norm = moved(0.0)
+    assert free == pytest.approx(norm, rel=0.1)
+    clipped, reported = moved(0.5 * norm)
+    assert reported == pytest.approx(norm, rel=1e-4)
+    assert clipped == pytest.approx(0.5 * norm, rel=0.1)
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    engine = make_engine(lr=0.1, weight_decay=1.0, model=make_model(qkv_bias=True))
+    before = weights(engine.model)
+    engine.step([pack_one(make_samples([4]))], lambda packed, logprobs, entropy: (logprobs.sum() * 0.0, Stats()))
+    after = weights(engine.model)
+    for name, value in before.items():
+        factor = 0.9 if value.ndim == 2 else 1.0  # 1 - lr * weight_decay, the gradient being 0
+        torch.testing.assert_close(after[name], factor * value, msg=name)
+
+
+def _nan_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
+    return logprobs.sum() * math.nan, Stats()
+
+
+def test_a_bad_gradient_is_skipped_and_counted() -> None:
+    engine, packed = make_engine(max_bad_steps=3), pack_one(make_samples([4, 6]))
+    engine.step([packed], supervised_loss)
+    before = weights(engine.model)
+    stats = (engine.step([packed], _nan_loss) + engine.step([packed], _nan_loss)).to_dict()
+    assert stats["train/skipped"] == 2 and math.isnan(stats["train/loss"])
+    assert all(torch.equal(value, before[name]) for name, value in weights(engine.model).items())
+    good = engine.step([packed], supervised_loss).to_dict()
+    assert good["train/skipped"] == 0 and math.isfinite(good["train/grad_norm"])
+    assert any(not torch.equal(value, before[name]) for name, value in weights(engine.model).items())
+
+
+def test_bad_gradients_in_a_row_end_training_and_name_the_rollouts() -> None:
+    engine, packed = make_engine(max_bad_steps=2), pack_one(make_samples([4, 6]))
+    for loss_fn in (_nan_loss, supervised_loss, _nan_loss):
+        engine.step([packed], loss_fn)
+    with pytest.raises(TrainingError, match=r"2 steps in a row .* rollouts 100, 101\."):
+        engine.step([packed], _nan_loss)
+
+
+def test_phases_restart_schedule_and_moments() -> None:
+    engine, packed = make_engine(), pack_one(make_samples([4]))
+    engine.start_phase(1.0, Schedule.linear, warmup_steps=0, total_steps=4)
+    rates = [engine.step([packed], supervised_loss).to_dict()["train/lr"] for _ in range(2)]
+    engine.start_phase(0.5, Schedule.constant, warmup_steps=2, total_steps=4)
+    assert not any(t.any() for name, t in engine.optimizer.tensors().items() if name.startswith("optimizer."))
+    rates += [engine.step([packed], supervised_loss).to_dict()["train/lr"] for _ in range(2)]
+    assert rates == [1.0, 0.75, 0.25, 0.5]
+
+
+def test_no_micro_batches_change_nothing() -> None:
+    engine = make_engine()
+    before = weights(engine.model)
+    assert engine.step([], supervised_loss).to_dict() == {}
+    assert engine.steps == 0
+    assert all(torch.equal(value, before[name]) for name, value in weights(engine.model).items())
+
+
+def test_half_precision_trains_float32_masters_and_writes_into_the_model_in_place() -> None:
+    model = make_model()
+    exact = weights(model)
+    engine = make_engine(model, dtype=torch.bfloat16, lr=1e-5, weight_decay=0.0)
+    held = dict(model.named_parameters())
+    places = {name: p.data_ptr() for name, p in held.items()}
+    for name, master in engine.optimizer.masters.items():
+        assert torch.equal(master.detach(), exact[name]), name  # from before the rounding
+    packed = pack_one(make_samples([4, 6]))
+    for _ in range(4):
+        engine.step([packed], supervised_loss)
+    moved = 0
+    for name, master in engine.optimizer.masters.items():
+        assert held[name].dtype is torch.bfloat16 and held[name].data_ptr() == places[name]
+        assert torch.equal(held[name], master.to(torch.bfloat16)), name
+        moved += int((master != exact[name]).sum())
+    # Steps of 1e-5 are far below bfloat16's spacing at 0.2 (1e-3): only the masters can add them up.
+    assert moved > 0.9 * sum(value.numel() for value in exact.values())
+
+
+def test_half_precision_gradients_add_up_in_float32() -> None:
+    samples = make_samples([4, 1, 9, 6, 3])
+    full, half = make_engine(), make_engine(dtype=torch.bfloat16)
+    expected = full.step(pack(samples, 10), supervised_loss).to_dict()
+    found = half.step(pack(samples, 10), supervised_loss).to_dict()
+    assert found["train/loss"] == pytest.approx(expected["train/loss"], rel=0.02)
+    assert found["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=0.05)
