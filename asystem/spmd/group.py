@@ -25,6 +25,7 @@ from asystem.types import CallRecord
 
 W = TypeVar("W", bound=Worker)
 START = "setup"  # the name under which starting a rank is timed and reported
+PEER_GRACE = 2.0  # seconds in which the first cause of a failure in a collective may still show
 LATE_START_GRACE = 5.0  # seconds for a start that nobody awaited before its deadline had passed
 
 
@@ -63,7 +64,7 @@ def spawn(
         cpus=0.001 if cpus is None else cpus,
         gpus=worker_type.gpus if gpus is None else gpus,
         threads=config.threads_per_rank,
-        deadline_seconds=config.deadline_seconds,
+        patience_seconds=max(config.start_seconds, config.deadline_seconds),
     )
     group = Group(spec, runtime.start_group(spec), runtime)
     return cast(W, WorkerGroup(group, range(ranks)))
@@ -115,14 +116,19 @@ class Group:
             return self._later(name, mode, ranks, *args, **kwargs)
         if self.failure is not None:
             raise self.failure
-        if self._starting is None:
-            self._starting = {self._submit(rank, START, (), {}): rank for rank in range(len(self.ranks))}
+        self._begin_to_start()
         if mode.dispatch is Dispatch.ROUTE:
             ranks = [min(ranks, key=lambda rank: (self._waiting[rank], self._routed[rank]))]
             self._routed[ranks[0]] += 1
         shares = self._shares(name, mode, len(ranks), args, kwargs)
         pending = {self._submit(rank, name, *share): rank for rank, share in zip(ranks, shares, strict=True)}
         return self._finish(name, mode, pending)
+
+    def _begin_to_start(self) -> None:
+        """Asks the ranks for word of their start: once, or again when the event loop that asked has ended."""
+        loop = asyncio.get_running_loop()
+        if self._starting is None or any(not word.done() and word.get_loop() is not loop for word in self._starting):
+            self._starting = {self._submit(rank, START, (), {}): rank for rank in range(len(self.ranks))}
 
     async def _later(self, name: str, mode: Mode, ranks: Sequence[int], /, *args: Any, **kwargs: Any) -> Any:
         return await self.call(name, mode, ranks, *args, **kwargs)
@@ -168,26 +174,31 @@ class Group:
         self, name: str, pending: dict[asyncio.Future[Reply], int], seconds: float, limit: float
     ) -> None:
         """Waits for all ranks; a rank's clock starts when it has answered the call before this one."""
-        waiting, began = set(pending), time.monotonic()
-        while waiting:
+        waiting, began = {future for future in pending if not future.done()}, time.monotonic()
+        while waiting and not any(map(_has_failed, pending)):
             since = min(max(began, self._answered[pending[future]]) for future in waiting)
             left = since + seconds - time.monotonic()
             done, waiting = await asyncio.wait(waiting, timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
-            for future in done:
-                self._check(name, pending[future], future)
             if not done and left <= 0:
                 raise self._fail(self._overdue(name, sorted(pending[future] for future in waiting), limit))
+        if any(map(_has_failed, pending)):
+            raise self._fail(await self._first_failure(name, pending))
 
-    def _check(self, name: str, rank: int, future: asyncio.Future[Reply]) -> None:
-        if future.cancelled():
-            raise self._fail(WorkerError(self.spec.name, rank, self._host(rank), name, "the call was cancelled"))
-        if (failure := future.result().failure) is not None:
-            raise self._fail(self._error(name, rank, failure))
+    async def _first_failure(self, name: str, pending: dict[asyncio.Future[Reply], int]) -> AsystemError:
+        """Whom to blame: peers of a rank that died see a broken connection, maybe before its death is known."""
+        waiting = [future for future in pending if not future.done()]
+        if self.spec.collective and waiting and self.failure is None:
+            await asyncio.wait(waiting, timeout=PEER_GRACE)
+        failed = [future for future in pending if _has_failed(future)]
+        first = min(failed, key=lambda future: 0.0 if future.cancelled() else future.result().end)
+        if first.cancelled():
+            return WorkerError(self.spec.name, pending[first], self._host(pending[first]), name, "it was cancelled")
+        failure = first.result().failure
+        assert failure is not None, "only failed calls are looked at"
+        return self._error(name, pending[first], failure)
 
     def _error(self, name: str, rank: int, failure: Failure) -> AsystemError:
         """An error of ours is raised as it is, with a note where it came from; others become a `WorkerError`."""
-        if self.failure is not None:
-            return self.failure  # killed after the first failure: not worth a word
         place = WorkerError(self.spec.name, rank, self._host(rank), name, failure.reason)
         error = failure.error if isinstance(failure.error, AsystemError) else place
         if error is not failure.error:
@@ -219,6 +230,10 @@ class Group:
 
     def _host(self, rank: int) -> str:
         return self.ranks[rank].where.host
+
+
+def _has_failed(future: asyncio.Future[Reply]) -> bool:
+    return future.done() and (future.cancelled() or future.result().failure is not None)
 
 
 def _in_event_loop() -> bool:

@@ -23,7 +23,7 @@ class GroupSpec:
     Attributes:
         cpus, gpus: what each rank takes of its node.
         threads: torch threads of each rank.
-        deadline_seconds: also ends collectives whose peers do not come.
+        patience_seconds: after which forming a process group, and a collective whose peers do not come, fail.
     """
 
     worker_type: type[Worker]
@@ -35,7 +35,7 @@ class GroupSpec:
     cpus: float
     gpus: float
     threads: int
-    deadline_seconds: float
+    patience_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Host:
         self.worker.rank, self.worker.world_size, self.worker.name = self.rank, spec.ranks, spec.name
         self.worker.__init__(*spec.args, **spec.kwargs)  # type: ignore[misc]
         if address is not None:
-            form_process_group(self.rank, spec.ranks, address, spec.deadline_seconds)
+            form_process_group(self.rank, spec.ranks, address, spec.patience_seconds)
         await self.worker.setup()
 
 
