@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from asystem.errors import ModelError, nearest
 
@@ -79,7 +78,7 @@ def export_weights(model: nn.Module, dtype: torch.dtype | None = None, *, keep: 
     buffer = torch.zeros(size, dtype=torch.uint8) if keep else None
     for place, param in zip(places, dict(model.named_parameters()).values(), strict=True):
         value = param.detach().to(_dtype(place.dtype))
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        whole = gathered(value)
         if buffer is not None:
             place.of(buffer).copy_(whole)
     return None if buffer is None else WeightPayload(tuple(places), buffer.numpy())
@@ -96,6 +95,12 @@ def import_weights(model: nn.Module, payload: WeightPayload) -> None:
     _check(params, payload)
     for name, tensor in payload.tensors().items():
         params[name].copy_(tensor)
+
+
+def gathered(value: Tensor) -> Tensor:
+    """A DTensor's whole tensor, on every rank; any other tensor itself."""
+    # Not isinstance: importing DTensor takes a second, which processes without FSDP need not wait for.
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def _plan(model: nn.Module, dtype: torch.dtype | None) -> list[TensorPlace]:
