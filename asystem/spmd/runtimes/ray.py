@@ -48,7 +48,8 @@ class SharedMemory:
 class RankActor:
     """The process of one rank."""
 
-    def __init__(self, rank: int, ranks: int, threads: int, owns_gpu: bool) -> None:
+    def __init__(self, rank: int, ranks: int, threads: int, owns_gpu: bool, path: list[str]) -> None:
+        sys.path += [folder for folder in path if folder not in sys.path]  # a rank imports what the controller can
         self.rank, self.ranks, self.threads = rank, ranks, threads
         # Before torch is imported, which unpickling the worker's type will do. A rank that owns a GPU sees no other.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0" if owns_gpu else str(rank))
@@ -169,12 +170,12 @@ class RayRuntime:
         bundle = {"CPU": spec.cpus} | ({"GPU": gpus} if gpus else {}) | self._pin(gpus * spec.ranks)
         group = placement_group([dict(bundle) for _ in range(spec.ranks)], strategy="PACK")
         self._placement_groups.append(group)
-        actor_type = ray.remote(RankActor)
+        actor_type, path = ray.remote(RankActor), [os.path.abspath(folder) for folder in sys.path]
         ranks = []
         for rank in range(spec.ranks):
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             options = {"num_cpus": spec.cpus, "num_gpus": gpus, "scheduling_strategy": where, "max_restarts": 0}
-            actor = actor_type.options(**options).remote(rank, spec.ranks, spec.threads, gpus > 0)
+            actor = actor_type.options(**options).remote(rank, spec.ranks, spec.threads, gpus > 0, path)
             ranks.append((actor, RayRank(actor)))
         address = ranks[0][0].open_rendezvous.remote() if spec.collective else None
         for _, handle in ranks:

@@ -1,0 +1,13 @@
+from collections.abc import Iterator
+
+import pytest
+
+from asystem.config import PlacementConfig, RuntimeConfig
+from asystem.spmd import make_runtime
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """One local Ray cluster for all tests that ask for it: runtimes made meanwhile join it, and leave it standing."""
+    with make_runtime(RuntimeConfig(), PlacementConfig()):
+        yield
