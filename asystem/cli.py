@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from asystem import __version__
 from asystem.config import Config
@@ -63,7 +64,7 @@ def _start(config: Config) -> None:
         return
     from asystem.spmd import bootstrap  # one process a node: node 0 controls, the others lend their ranks
 
-    with bootstrap() as is_controller:
+    with bootstrap(config.runtime) as is_controller:
         if is_controller:
             from asystem.controller.run import train
 
@@ -71,15 +72,41 @@ def _start(config: Config) -> None:
 
 
 def _with_hydra(arguments: list[str]) -> None:
-    import hydra
+    from hydra._internal.utils import _run_hydra, get_args_parser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
-    from asystem.compose import register, to_config
+    from asystem.compose import combinations, complete_overrides, load_config, load_job_config, one_line, register
 
+    parser = get_args_parser()
+    parser.error = _refuse_flag
+    args = parser.parse_intermixed_args(arguments)
+    if args.multirun and args.cfg:
+        raise ConfigError("--cfg shows one run's configuration: leave --multirun out")
+    if args.multirun:  # every run's configuration is checked before the first run starts
+        for overrides in combinations(args.overrides):
+            load_config(overrides)
+    elif args.cfg:
+        load_config(args.overrides)
+        args.overrides = complete_overrides(args.overrides)
     if "COMP_LINE" in os.environ:  # Hydra completes what follows the program's name, which for it is `asystem train`
         os.environ["COMP_LINE"] = os.environ["COMP_LINE"].replace(" train ", " ", 1)
     sys.argv = ["asystem", *arguments]
-    folder = register()
-    hydra.main(config_path=str(folder), config_name="config", version_base="1.3")(lambda cfg: _start(to_config(cfg)))()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, instead of a traceback to the screen
+    try:
+        _run_hydra(
+            args=args,
+            args_parser=parser,
+            task_function=lambda _: _start(load_job_config()),
+            config_path=str(register()),
+            config_name="config",
+        )
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    raise ConfigError(f"{message}; see asystem train --help")
 
 
 def _report(arguments: list[str]) -> None:

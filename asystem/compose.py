@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 import types
 import typing
@@ -15,12 +16,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir, version
-from hydra._internal.sources_registry import SourcesRegistry
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -41,7 +49,8 @@ def register() -> Path:
     """Tells Hydra of the schema and of recipes; returns the folder of the main configuration. May be called again."""
     version.setbase("1.3")
     ConfigStore.instance().store(name="schema", node=Config)
-    SourcesRegistry.instance().register(RecipeSource)
+    Plugins.instance().register(RecipeSource)
+    Plugins.instance().register(RecipeSearchPath)
     return shipped("configs").resolve()
 
 
@@ -54,13 +63,23 @@ def load_config(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: in one line, with the nearest valid name for an unknown one.
     """
-    config_dir = register()
-    _check_names(overrides)
+    with initialize_config_dir(str(register()), version_base="1.3"):
+        return _load(overrides)
+
+
+def load_job_config() -> Config:
+    """The configuration of the job that Hydra is running: one combination of a --multirun."""
+    return _load(list(HydraConfig.get().overrides.task))
+
+
+def _load(overrides: Sequence[str]) -> Config:
+    complete = complete_overrides(overrides)
     try:
-        with initialize_config_dir(str(config_dir), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
+        composed = compose("config", overrides=complete)
+    except ConfigError:
+        raise
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
     return to_config(composed)
 
 
@@ -69,7 +88,7 @@ def to_config(composed: Any) -> Config:
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(one_line(error)) from error
     assert isinstance(config, Config), f"the schema was lost: {type(config)}"
     config.check()
     return config
@@ -111,8 +130,9 @@ class RecipeSource(ConfigSource):  # type: ignore[misc]  # Hydra ships no types
     def load_config(self, config_path: str) -> ConfigResult:
         folder = self._folder(config_path)
         assert folder is not None, f"Hydra asked for {config_path}, which is_config denied"
-        content = OmegaConf.load(folder / "config.yaml")
-        merged = OmegaConf.merge(content, {"recipe": folder.name, "recipe_dir": str(folder)})
+        merged = OmegaConf.merge(
+            _read_recipe(folder / "config.yaml"), {"recipe": folder.name, "recipe_dir": str(folder)}
+        )
         header = {"package": "_global_"}  # a recipe speaks of the whole configuration
         return ConfigResult(provider=self.provider, path=str(folder), config=merged, header=header)
 
@@ -123,25 +143,90 @@ class RecipeSource(ConfigSource):  # type: ignore[misc]  # Hydra ships no types
         return recipe_folder(config_path.removeprefix("recipe/").removesuffix(".yaml"))
 
 
-def _check_names(overrides: Sequence[str]) -> None:
-    """Refuses unknown recipes, groups' options and keys with the nearest valid one, before Hydra's longer messages."""
-    names = [override.lstrip("+~").split("=", 1)[0] for override in overrides]
-    if "recipe" not in names:
+class RecipeSearchPath(SearchPathPlugin):  # type: ignore[misc]  # Hydra ships no types
+    """Lets Hydra look for configurations in `RecipeSource` too."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append(provider="asystem", path="recipes://")
+
+
+def _read_recipe(file: Path) -> Any:
+    try:
+        content = OmegaConf.load(file)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{file}{line}: {error.problem}") from error
+    if not OmegaConf.is_dict(content):
+        raise ConfigError(f"{file} must be a mapping of keys to values")
+    return content
+
+
+def complete_overrides(overrides: Sequence[str]) -> list[str]:
+    """Checks the names in overrides, and makes the options among them outrank the recipe.
+
+    A recipe's values come after those of the groups, so `rollout=sync` alone would leave the recipe's own Φ, σ and η
+    standing. The values of an option chosen on the command line are therefore put before its other overrides.
+
+    Raises:
+        ConfigError: an unknown recipe, option or key, with the nearest valid one.
+    """
+    parsed = [_parse(override) for override in overrides]
+    if "recipe" not in [override.key_or_group for override in parsed]:
         raise ConfigError(f"which recipe? add recipe=NAME (known: {', '.join(recipe_names())})")
-    known = set(_keys(Config))
-    for override, name in zip(overrides, names, strict=True):
-        if "=" not in override and not override.startswith("~"):
-            raise ConfigError(f'"{override}" is no override: write key=value')
-        value = override.split("=", 1)[-1].strip("'\"")
-        if name == "recipe":
-            if recipe_folder(value) is None:
-                raise ConfigError(f'unknown recipe "{value}"{nearest(value, recipe_names())}')
-        elif name in GROUPS:
-            options = [file.stem for file in (shipped("configs") / name).glob("*.yaml")]
-            if value not in options and not value.startswith("{"):
-                raise ConfigError(f'unknown option "{value}" of {name}{nearest(value, options)}')
-        elif name not in known and not name.startswith("hydra"):
-            raise ConfigError(f'unknown key "{name}"{_nearest_key(name, known)}')
+    for override in parsed:
+        _check_name(override)
+    values = [value for override in parsed if override.key_or_group in GROUPS for value in _option_values(override)]
+    return [*values, *overrides]
+
+
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each run of a --multirun; none where another sweeper of Hydra chooses them as it goes."""
+    if any(override.startswith("hydra/sweeper=") for override in overrides):
+        return []
+    try:
+        (runs,) = BasicSweeper.split_arguments([_parse(override) for override in overrides], None)
+    except HydraException as error:
+        raise ConfigError(one_line(error)) from error
+    return list(runs)
+
+
+def _parse(override: str) -> Override:
+    key, equals, _ = override.partition("=")
+    if not equals and not key.startswith("~"):
+        raise ConfigError(f'"{override}" is no override: write key=value')
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException as error:
+        raise ConfigError(f"cannot read {override}: quote the value twice, as in '{key}=\"a value\"'") from error
+
+
+def _check_name(override: Override) -> None:
+    name = override.key_or_group
+    if override.is_sweep_override():
+        raise ConfigError(f"{override.input_line}: several values need --multirun; a list is written [1,2]")
+    if name == "recipe":
+        if recipe_folder(str(override.value())) is None:
+            raise ConfigError(f'unknown recipe "{override.value()}"{nearest(str(override.value()), recipe_names())}')
+    elif name in GROUPS:
+        if not isinstance(override.value(), dict) and override.value() not in _options(name):
+            raise ConfigError(
+                f'unknown option "{override.value()}" of {name}{nearest(str(override.value()), _options(name))}'
+            )
+    elif name not in (known := set(_keys(Config))) and not name.startswith("hydra"):
+        raise ConfigError(f'unknown key "{name}"{_nearest_key(name, known)}')
+
+
+def _options(group: str) -> list[str]:
+    return sorted(file.stem for file in (shipped("configs") / group).glob("*.yaml"))
+
+
+def _option_values(chosen: Override) -> list[str]:
+    group, option = chosen.key_or_group, chosen.value()
+    if option not in _options(group):
+        return []
+    content = OmegaConf.to_container(OmegaConf.load(shipped("configs") / group / f"{option}.yaml"))
+    assert isinstance(content, dict), f"configs/{group}/{option}.yaml is no mapping"
+    return [f"{group}.{key}={json.dumps(value)}" for key, value in content.items()]
 
 
 def _nearest_key(name: str, known: set[str]) -> str:
@@ -163,13 +248,16 @@ def _keys(schema: type, prefix: str = "") -> Iterator[str]:
             yield from _keys(kind, f"{prefix}{field.name}.")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Hydra's and OmegaConf's messages, which run over several lines, as one that names the key."""
     text = str(error).partition("ConfigKeyError raised while composing config:\n")[2] or str(error)
     cause = error.__cause__ or error.__context__
     if cause is not None and "full_key" in str(cause):
         text = str(cause)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if missing := re.search(r"Could not find '(\w+)/([^']+)'", text):
+        group, option = missing.groups()
+        return f'a recipe\'s defaults name an unknown option "{option}" of {group}{nearest(option, _options(group))}'
     key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
     first = lines[0].rstrip(".") if lines else type(error).__name__
     if unknown := re.match(r"Key '(\w+)' (?:not in|is not in)", first):
