@@ -81,7 +81,7 @@ class Engine:
             config.max_running, max_length, pool.blocks_for(max_length), spec.vocab_size, seed, self.device
         )
         self.scheduler = Scheduler(pool, config.max_running, config.prefill_tokens)
-        self.runner: Runner = EagerRunner(model, self.cache, self.rows, stop_ids)
+        self.runner = _runner(config, model, self.cache, self.rows, stop_ids)
         self._arrivals = 0
         self._truncated = False  # some running sequence samples with top-k or top-p
 
@@ -287,6 +287,17 @@ class Engine:
     def _look_at_params(self) -> None:
         params = (sequence.request.params for sequence in self.scheduler.running)
         self._truncated = any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params)
+
+
+def _runner(
+    config: GenerationConfig, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int]
+) -> Runner:
+    """Captured decode steps where the device can run them, else eager ones."""
+    if config.graphs and rows.device.type == "cuda" and torch.cuda.get_device_capability(rows.device) >= (8, 0):
+        from asystem.generation.captured import CapturedRunner  # needs Triton, which CPU builds of torch lack
+
+        return CapturedRunner(model, cache, rows, stop_ids)
+    return EagerRunner(model, cache, rows, stop_ids)
 
 
 def _num_blocks(config: GenerationConfig, max_length: int) -> int:

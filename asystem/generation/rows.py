@@ -42,6 +42,7 @@ class Rows:
         temperature, top_p: [R] float32. top_k: [R] int64, the vocabulary's size where all tokens are kept.
         table: [R, M] int64, KV blocks.
         tokens, logprobs, versions: [R, max_length], the responses.
+        changes: how often rows joined or moved, for who keeps what it derives from their tables.
     """
 
     _INTS = ("drawn", "done", "last_token", "position", "key", "limit", "heeds_stop", "top_k")
@@ -49,7 +50,7 @@ class Rows:
     def __init__(
         self, num_rows: int, max_length: int, blocks_per_row: int, vocab_size: int, seed: int, device: torch.device
     ) -> None:
-        self.vocab_size, self.seed, self.device = vocab_size, seed, device
+        self.vocab_size, self.seed, self.device, self.changes = vocab_size, seed, device, 0
         # One tensor for all integers and one for all floats: rows move and join with one copy each.
         self._ints = torch.zeros(len(self._INTS), num_rows, dtype=torch.int64, device=device)
         self._floats = torch.zeros(2, num_rows, dtype=torch.float32, device=device)
@@ -70,6 +71,7 @@ class Rows:
 
     def join(self, first: int, sequences: list[Sequence]) -> None:
         """Fills rows `first`, `first + 1`, ... with sequences, those that continue with their response so far."""
+        self.changes += 1
         rows = slice(first, first + len(sequences))
         ints, floats = zip(*(self._encode(s) for s in sequences), strict=True)
         self._ints[:, rows] = torch.tensor(ints).T.to(self.device)
@@ -140,6 +142,7 @@ class Rows:
 
     def move(self, moves: list[tuple[int, int]]) -> None:
         """Copies rows: (source, destination) pairs that do not overlap."""
+        self.changes += 1
         source, destination = torch.tensor(moves).T.to(self.device)
         self._ints[:, destination] = self._ints[:, source]
         self._floats[:, destination] = self._floats[:, source]

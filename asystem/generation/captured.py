@@ -1,0 +1,225 @@
+"""Decode steps on a GPU without the host in the way: one CUDA graph a batch size, replayed many times unseen.
+
+A graph holds the whole step, from the embedding of the newest tokens to the drawn ones written into `rows.Rows`. Rows
+that ended stand still until the host looks; sequences leave and join between calls. Batch sizes are rounded up to a few
+buckets, and a bucket is captured when it is first used.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_attention
+from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
+from asystem.generation.kernels.sampling import draw
+from asystem.generation.kv_cache import KVCache
+from asystem.generation.rows import FULL, RUNNING, STOPPED, Rows
+from asystem.generation.runner import EagerRunner, StepContext
+from asystem.generation.sampler import sample, uniform
+from asystem.generation.scheduler import Prefill
+from asystem.models.decoder import Block, Decoder
+
+_PROGRAMS_PER_SM = 8  # attention is split until so many programs a multiprocessor can run
+_MIN_SHARED = 0.1  # share of all cached tokens that crowds must save, to be worth a second attention launch
+_TILING = Tiling(keys=64, warps=4, stages=3)
+
+
+class CapturedRunner:
+    """A `runner.Runner` for CUDA devices of compute capability 8.0 and up. Prefills are eager.
+
+    Parameters may change in place between calls; where they moved, the graphs are captured anew.
+    """
+
+    run_ahead = 16
+
+    def __init__(self, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int]) -> None:
+        self.model, self.cache, self.rows = model, cache, rows
+        device = rows.device
+        self._eager = EagerRunner(model, cache, rows, stop_ids)
+        self._stops = torch.zeros(rows.vocab_size, dtype=torch.uint8, device=device)
+        self._stops[list(stop_ids)] = 1
+        num_rows, max_length = rows.tokens.shape
+        self._control = torch.zeros(2, dtype=torch.int64, device=device)  # rows in use, version of the weights
+        self._lengths = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self._cos, self._sin = model.rotary(torch.arange(max_length, device=device))
+        self._crowds = _CrowdTable(num_rows, device)
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._pool: tuple[int, int] | None = None
+        self._addresses: list[int] = []
+
+    def prefill(self, prefills: Sequence[Prefill], context: StepContext) -> None:
+        self._eager.prefill(prefills, context)
+
+    def decode(self, steps: int, context: StepContext) -> None:
+        with torch.cuda.device(self.rows.device):
+            self._forget_moved_weights()
+            shared = self._crowds.refresh(self.rows, context.num_rows, self.cache.block_size)
+            batch = _bucket(context.num_rows, len(self._lengths))
+            graph = None if context.truncated else self._graph(batch, shared)
+            self._control[0].fill_(context.num_rows)
+            self._control[1].fill_(context.version)
+            for _ in range(steps):
+                if graph is None:  # sorting the vocabulary takes far longer than launching the step
+                    self._step(batch, shared, truncated=True)
+                else:
+                    graph.replay()
+
+    def _forget_moved_weights(self) -> None:
+        addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
+        if addresses != self._addresses:
+            self._graphs.clear()
+            self._addresses = addresses
+
+    def _graph(self, batch: int, shared: bool) -> torch.cuda.CUDAGraph:
+        graph = self._graphs.get((batch, shared))
+        if graph is None:
+            graph = self._graphs[batch, shared] = self._capture(batch, shared)
+        return graph
+
+    def _capture(self, batch: int, shared: bool) -> torch.cuda.CUDAGraph:
+        """Records one step. It runs once before, with no row in use, so that kernels are compiled and loaded."""
+        self._control.zero_()
+        stream = torch.cuda.Stream(self.rows.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step(batch, shared, truncated=False)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (a store, a profiler) may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            self._step(batch, shared, truncated=False)
+        self._pool = self._pool or graph.pool()
+        return graph
+
+    def _step(self, batch: int, shared: bool, truncated: bool) -> None:
+        """One token for rows 0..batch-1, as far as they are in use and have not ended."""
+        model, rows, lengths = self.model, self.rows, self._lengths[:batch]
+        blocks: list[Block] = list(model.layers)  # type: ignore[arg-type]
+        norms = [block.attn_norm for block in blocks] + [model.norm]
+        x, hidden = embed(
+            rows.last_token[:batch], rows.position[:batch], rows.done[:batch], self._control, model.embed.weight,
+            norms[0].weight, norms[0].eps, lengths,
+        )  # fmt: skip
+        for block, norm in zip(blocks, norms[1:], strict=True):
+            attended = self._attend(block, hidden, batch, shared)
+            hidden = add_rms_norm(x, block.attn.o_proj(attended), block.mlp_norm.weight, block.mlp_norm.eps)
+            product = block.mlp.down_proj(swiglu(block.mlp.gate_up_proj(hidden)))
+            hidden = add_rms_norm(x, product, norm.weight, norm.eps)
+        logits = torch.nn.functional.linear(hidden, model.head_weight())
+        if truncated:
+            self._draw_truncated(logits.float(), batch)
+        else:
+            draw(rows, logits, lengths, self._control, self._stops)
+
+    def _attend(self, block: Block, hidden: Tensor, batch: int, shared: bool) -> Tensor:
+        attn, table, lengths = block.attn, self.rows.table[:batch], self._lengths[:batch]
+        keys, values = self.cache.data[block.index]
+        qkv = attn.qkv_proj(hidden)
+        q_norm, k_norm = attn.q_norm, attn.k_norm
+        rotary_write(
+            qkv, None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
+            0.0 if q_norm is None else q_norm.eps, self._cos, self._sin, lengths, table, keys, values, attn.num_heads,
+        )  # fmt: skip
+        splits = self._splits(batch * attn.num_kv_heads)
+        crowds = self._crowds.of(batch) if shared else None
+        return decode_attention(
+            qkv, keys, values, table, lengths, attn.num_heads, splits=splits, crowds=crowds,
+            crowd_splits=self._splits(len(crowds.shared) * attn.num_kv_heads) if crowds else 1, tiling=_TILING,
+        )  # fmt: skip
+
+    def _splits(self, programs: int) -> int:
+        """Parts to cut each sequence into: enough programs for the device, but no parts shorter than a few tiles."""
+        longest = -(-self.rows.tokens.shape[1] // (2 * _TILING.keys))
+        return max(1, min(_PROGRAMS_PER_SM * self._processors // programs, longest, 32))
+
+    def _draw_truncated(self, logits: Tensor, batch: int) -> None:
+        """Top-k and top-p, by the sampler; what `Rows.record` does, for rows that do not stand still."""
+        rows, used = self.rows, slice(0, batch)
+        index, drawn, active = torch.arange(batch, device=logits.device), rows.drawn[used], self._lengths[used] > 0
+        u = uniform(rows.key[used], drawn)
+        tokens, logprobs = sample(logits, rows.temperature[used], u, (rows.top_k[used], rows.top_p[used]))
+        for cells, new in ((rows.tokens, tokens.int()), (rows.logprobs, logprobs), (rows.versions, self._control[1])):
+            cells[index, drawn] = torch.where(active, new.to(cells.dtype), cells[index, drawn])
+        rows.last_token[used] = torch.where(active, tokens, rows.last_token[used])
+        rows.position[used] += active
+        drawn += active
+        stopped = (self._stops[tokens] == 1) & (rows.heeds_stop[used] == 1)
+        done = torch.where(stopped, STOPPED, torch.where(drawn >= rows.limit[used], FULL, RUNNING))
+        rows.done[used] = torch.where(active, done, rows.done[used])
+
+
+class _CrowdTable:
+    """The crowds of the running batch, found anew whenever rows joined, left or moved."""
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self._all = Crowds(
+            torch.full((max(1, num_rows // 2), CROWD), -1, dtype=torch.int32, device=device),
+            torch.zeros(max(1, num_rows // 2), dtype=torch.int32, device=device),
+            torch.zeros(num_rows, dtype=torch.int32, device=device),
+        )
+        self._seen: tuple[int, int] | None = None
+        self._worthwhile = False
+
+    def of(self, batch: int) -> Crowds:
+        half = max(1, batch // 2)
+        return Crowds(self._all.rows[:half], self._all.shared[:half], self._all.skip[:batch])
+
+    def refresh(self, rows: Rows, num_rows: int, block_size: int) -> bool:
+        """Looks at the tables if need be; whether reading prefixes together saves enough."""
+        if self._seen == (rows.changes, num_rows):
+            return self._worthwhile
+        self._seen = (rows.changes, num_rows)
+        table, position = rows.table[:num_rows].cpu().numpy(), rows.position[:num_rows].cpu().numpy()
+        found = find_crowds(table, position, block_size)
+        saved = sum(shared * (len(members) - 1) for members, shared in found)
+        self._worthwhile = saved >= _MIN_SHARED * (position + 1).sum()
+        if self._worthwhile:
+            self._write(found)
+        return self._worthwhile
+
+    def _write(self, found: list[tuple[list[int], int]]) -> None:
+        members, shared, skip = (np.zeros(x.shape, np.int32) for x in (self._all.rows, self._all.shared, self._all.skip))
+        members[:] = -1
+        for place, (rows, tokens) in enumerate(found):
+            members[place, : len(rows)], shared[place], skip[rows] = rows, tokens, tokens
+        for tensor, array in zip((self._all.rows, self._all.shared, self._all.skip), (members, shared, skip), strict=True):
+            tensor.copy_(torch.from_numpy(array))
+
+
+def find_crowds(
+    table: npt.NDArray[np.int64], position: npt.NDArray[np.int64], block_size: int
+) -> list[tuple[list[int], int]]:
+    """Rows whose tables begin with the same blocks.
+
+    Args:
+        table: [n, M]. position: [n], of each row's newest token; blocks before it are full and never written again.
+
+    Returns:
+        (2 to `CROWD` rows, tokens that they share) of each crowd.
+    """
+    same_start: defaultdict[int, list[int]] = defaultdict(list)
+    for row, block in enumerate(table[:, 0].tolist()):
+        same_start[block].append(row)
+    crowds = []
+    for rows in same_start.values():
+        for first in range(0, len(rows), CROWD):
+            members = rows[first : first + CROWD]
+            full = int(position[members].min()) // block_size
+            lines = table[members, :full]
+            shared = int(np.logical_and.accumulate((lines == lines[0]).all(0)).sum()) * block_size
+            if len(members) > 1 and shared:
+                crowds.append((members, shared))
+    return crowds
+
+
+def _bucket(num_rows: int, most: int) -> int:
+    """The batch size to compute: powers of two up to 64, then multiples of 64; never more than there are rows."""
+    size = 1 << (num_rows - 1).bit_length() if num_rows <= 64 else -(-num_rows // 64) * 64
+    return min(size, most)
