@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 Rule = tuple[bool, str]
 """(is it broken?, what is wrong with which numbers, and the remedy)."""
 
+RAY_LEAST_STORE = 75 * 2**20  # bytes; Ray refuses a smaller object store
+
 
 def check(config: Config) -> None:
     """Raises the first broken rule.
@@ -27,19 +29,25 @@ def check(config: Config) -> None:
 
 
 def _at_least(name: str, value: float, least: float) -> Rule:
-    return value < least, f"{name}={value:g} is below {least:g}"
+    return not value >= least, f"{name}={_plain(value)} is below {_plain(least)}"
 
 
 def _above(name: str, value: float, bound: float) -> Rule:
-    return not value > bound, f"{name}={value:g} must be above {bound:g}"
+    return not value > bound, f"{name}={_plain(value)} must be above {_plain(bound)}"
+
+
+def _plain(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _run(config: Config) -> Iterator[Rule]:
     yield _at_least("steps", config.steps, 1)
+    yield _at_least("seed", config.seed, 0)
     yield config.device not in ("auto", "cpu", "cuda"), f'device="{config.device}": choose auto, cpu or cuda'
     yield _above("runtime.deadline_seconds", config.runtime.deadline_seconds, 0)
     yield _above("runtime.start_seconds", config.runtime.start_seconds, 0)
     yield _at_least("runtime.threads_per_rank", config.runtime.threads_per_rank, 1)
+    yield _at_least("runtime.object_store_bytes", config.runtime.object_store_bytes, RAY_LEAST_STORE)
 
 
 def _model(config: Config) -> Iterator[Rule]:
@@ -52,7 +60,15 @@ def _model(config: Config) -> Iterator[Rule]:
         model.num_heads % model.num_kv_heads != 0,
         f"model.num_heads={model.num_heads} is no multiple of model.num_kv_heads={model.num_kv_heads}",
     )
+    yield _at_least("model.head_dim", model.head_dim, 2)
     yield model.head_dim % 2 != 0, f"model.head_dim={model.head_dim} is odd; rotary embedding pairs its halves"
+    yield _above("model.rope_theta", model.rope_theta, 0)
+    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    yield (
+        longest > model.max_positions,
+        f"data.max_prompt_tokens={config.data.max_prompt_tokens} + rollout.max_new_tokens="
+        f"{config.rollout.max_new_tokens} exceed model.max_positions={model.max_positions}: raise it to {longest}",
+    )
 
 
 def _algorithm(config: Config) -> Iterator[Rule]:
@@ -100,8 +116,9 @@ def _rollout(config: Config) -> Iterator[Rule]:
     )
     yield _at_least("rollout.max_new_tokens", rollout.max_new_tokens, 1)
     yield _at_least("rollout.slice_steps", rollout.slice_steps, 1)
-    yield rollout.temperature <= 0, (
-        f"rollout.temperature={rollout.temperature:g}: rollouts are sampled, so it must be above 0"
+    yield (
+        rollout.temperature <= 0,
+        (f"rollout.temperature={rollout.temperature:g}: rollouts are sampled, so it must be above 0"),
     )
     yield not 0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p:g} must lie in (0, 1]"
     yield _at_least("rollout.top_k", rollout.top_k, 0)
@@ -132,7 +149,14 @@ def _training(config: Config) -> Iterator[Rule]:
     yield _above("training.lr", training.lr, 0)
     yield _at_least("training.micro_batch_tokens", training.micro_batch_tokens, 1)
     yield _at_least("training.minibatches", training.minibatches, 1)
+    yield (
+        len(training.betas) != 2 or not all(0 <= beta < 1 for beta in training.betas),
+        f"training.betas={list(training.betas)} must be two numbers in [0, 1)",
+    )
+    yield _at_least("training.weight_decay", training.weight_decay, 0)
+    yield _above("training.eps", training.eps, 0)
     yield _above("training.clip_norm", training.clip_norm, 0)
+    yield _at_least("training.lr_warmup_steps", training.lr_warmup_steps, 0)
     yield _at_least("training.max_bad_steps", training.max_bad_steps, 1)
     yield _at_least("training.warmup.steps", warmup.steps, 0)
     yield _at_least("training.warmup.batch_size", warmup.batch_size, 1)
@@ -160,12 +184,18 @@ def _placement(config: Config) -> Iterator[Rule]:
 
 
 def _others(config: Config) -> Iterator[Rule]:
-    generation = config.generation
+    generation, longest = config.generation, config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    yield (
+        generation.kv_tokens is not None and generation.kv_tokens < longest,
+        f"generation.kv_tokens={generation.kv_tokens} does not hold one sequence of data.max_prompt_tokens + "
+        f"rollout.max_new_tokens = {longest} tokens: raise it, or null for what generation.max_running needs",
+    )
     yield _at_least("generation.max_running", generation.max_running, 1)
     yield _at_least("generation.block_size", generation.block_size, 1)
     yield _at_least("generation.prefill_tokens", generation.prefill_tokens, 1)
-    yield not 0 <= config.reward.max_error_share <= 1, (
-        f"reward.max_error_share={config.reward.max_error_share:g} must lie between 0 and 1"
+    yield (
+        not 0 <= config.reward.max_error_share <= 1,
+        (f"reward.max_error_share={config.reward.max_error_share:g} must lie between 0 and 1"),
     )
     yield _at_least("evaluation.every", config.evaluation.every, 0)
     yield _at_least("evaluation.prompts", config.evaluation.prompts, 1)

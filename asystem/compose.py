@@ -263,9 +263,18 @@ def one_line(error: BaseException) -> str:
     if unknown := re.match(r"Key '(\w+)' (?:not in|is not in)", first):
         name = key or unknown.group(1)
         return f'unknown key "{name}"{_nearest_key(name, set(_keys(Config)))}'
+    if wrong := re.search(r"\w+ is not a subclass of (\w+)\. value: (.*)", first):
+        section = next((name for name, kind in _sections() if kind.__name__ == wrong.group(1)), key)
+        return f"{section}={wrong.group(2)}: {section} is a section of keys, such as {section}.KEY=VALUE"
     if (kind := _wanted(key)) and key and "could not be converted" in first + text:
         return f"{key}: {first[0].lower()}{first[1:]}; wanted {kind}"
     return f"{key}: {first}" if key and key not in first else first
+
+
+def _sections() -> Iterator[tuple[str, type]]:
+    for name, kind in typing.get_type_hints(Config).items():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield name, kind
 
 
 def _wanted(key: str) -> str:

@@ -10,6 +10,13 @@ from asystem.compose import GROUPS, load_config, recipe_names, shipped
 from asystem.config import BudgetCounts, Config, Correction, RuntimeKind
 from asystem.errors import ConfigError
 
+
+def write_recipe(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(text)
+    return folder
+
+
 OPTIONS = sorted(f"{group}={file.stem}" for group in GROUPS for file in (shipped("configs") / group).glob("*.yaml"))
 
 
@@ -36,14 +43,67 @@ def test_values_arrive_as_the_schema_types() -> None:
 
 
 def test_a_recipe_may_be_any_folder(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "config.yaml").write_text("steps: 3\ndata: {train: rows.jsonl}\n")
-    config = load_config([f"recipe={tmp_path / 'mine'}"])
+    folder = write_recipe(tmp_path / "mine", "steps: 3\ndata: {train: rows.jsonl}\n")
+    config = load_config([f"recipe={folder}"])
     assert (config.recipe, config.recipe_dir, config.steps) == ("mine", str(tmp_path / "mine"), 3)
 
 
+def test_the_working_directory_comes_before_the_shipped_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_recipe(tmp_path / "recipes" / "quickstart", "steps: 3\ndata: {train: rows.jsonl}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_config(["recipe=quickstart"]).recipe_dir == str(folder)
+    assert load_config(["recipe=recipes/quickstart/"]).recipe_dir == str(folder)
+
+
+def test_a_recipe_chooses_groups_and_outranks_their_values(tmp_path: Path) -> None:
+    write_recipe(
+        tmp_path,
+        "defaults: [{override /rollout: sync}, {override /algorithm: tis_grpo}]\n"
+        "data: {train: rows.jsonl}\nalgorithm: {tis_cap: 3}\n",
+    )
+    config = load_config([f"recipe={tmp_path}"])
+    assert config.rollout.token_budget is None
+    assert (config.algorithm.correction, config.algorithm.tis_cap) == (Correction.tis, 3.0)
+
+
+def test_an_option_of_the_command_line_outranks_the_recipe() -> None:
+    shipped_rollout = load_config(["recipe=quickstart"]).rollout
+    assert (shipped_rollout.token_budget, shipped_rollout.max_staleness) == (2500, 1)
+    config = load_config(["recipe=quickstart", "rollout.retention=3", "rollout=sync"])
+    assert (config.rollout.token_budget, config.rollout.max_staleness) == (None, 0)
+    assert config.rollout.retention == 3, "a key of the command line outranks its option"
+
+
+def test_a_recipe_may_build_on_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_recipe(tmp_path / "recipes" / "longer", "defaults: [quickstart]\nsteps: 7\n")
+    monkeypatch.chdir(tmp_path)
+    config = load_config(["recipe=longer"])
+    assert (config.recipe, config.steps, config.rollout.capacity) == ("longer", 7, 256)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 3\ndata: [1\nb: : 2\n", "config.yaml, line 3: expected"),
+        ("- 1\n", "config.yaml must be a mapping of keys to values"),
+        ("defaults: [{override /model: tinny}]\n", 'unknown option "tinny" of model (did you mean "tiny"?)'),
+        ("defaults: [{override /modle: tiny}]\n", "Could not override 'modle'"),
+        ("training: 3\n", "training=3: training is a section of keys"),
+        ("training: {lr: fast}\n", "training.lr: value 'fast' of type 'str' could not be converted to Float"),
+    ],
+)
+def test_a_broken_recipe_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    write_recipe(tmp_path, text)
+    with pytest.raises(ConfigError) as raised:
+        load_config([f"recipe={tmp_path}"])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_key_that_a_recipe_misspells_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("training: {learning_rate: 3}\ndata: {train: rows.jsonl}\n")
+    write_recipe(tmp_path, "training: {learning_rate: 3}\ndata: {train: rows.jsonl}\n")
     with pytest.raises(ConfigError, match=r'unknown key "training\.learning_rate"'):
         load_config([f"recipe={tmp_path}"])
 
@@ -75,6 +135,22 @@ def test_a_key_that_a_recipe_misspells_is_named(tmp_path: Path) -> None:
         ("rollout.max_new_tokens=2000", "raise token_budget to 5334 or retention to 6"),
         ("algorithm.normalizer=mean", "expected one of [response, token, budget]"),
         ("generation.dtype=float8", 'generation.dtype="float8": choose auto, float32 or bfloat16'),
+        ("training.betas=[0.9]", "training.betas=[0.9] must be two numbers in [0, 1)"),
+        ("training.eps=0", "training.eps=0 must be above 0"),
+        ("training.weight_decay=-0.1", "training.weight_decay=-0.1 is below 0"),
+        ("training.lr=nan", "training.lr=nan must be above 0"),
+        ("algorithm.icepop_alpha=0", "IcePop's band [0, 5] needs"),
+        ("algorithm.icepop_beta=0.5", "IcePop's band [0.5, 0.5] needs"),
+        ("rollout.top_p=1.5", "rollout.top_p=1.5 must lie in (0, 1]"),
+        ("rollout.temperature=-1", "rollout.temperature=-1"),
+        ("seed=-1", "seed=-1 is below 0"),
+        ("runtime.object_store_bytes=1", "runtime.object_store_bytes=1 is below 78643200"),
+        ("model.max_positions=20", "exceed model.max_positions=20: raise it to 22"),
+        ("generation.kv_tokens=21", "generation.kv_tokens=21 does not hold one sequence"),
+        ("seed=1,2", "seed=1,2: several values need --multirun"),
+        ("checkpoint=3", "checkpoint=3: checkpoint is a section of keys"),
+        ("+foo=1", 'unknown key "foo"'),
+        ("data.name='a", "cannot read data.name='a: quote the value twice"),
         ("reward.max_error_share=2", "reward.max_error_share=2 must lie between 0 and 1"),
     ],
 )
@@ -89,6 +165,7 @@ def test_bad_input_is_refused_in_one_line(override: str, message: str) -> None:
     ("overrides", "message"),
     [
         ([], "which recipe?"),
+        (["recipe=quickstart", "placement=hybrid", "training.ranks=2"], "use placement=split"),
         (["recipe=quickstart", "runtime=inline", "training.ranks=2"], "use runtime=ray, or training.ranks=1"),
         (["recipe=quickstart", "placement=hybrid", "generation.ranks=2"], "use placement=split"),
         (
