@@ -33,16 +33,18 @@ if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 BEAT_SECONDS = 1.0
-LOST_SECONDS = 20.0  # without a beat, a node counts as lost
 DONE, FAILED = "done", "failed"
 
 
 @contextmanager
-def bootstrap(config: RuntimeConfig | None = None) -> Iterator[bool]:
+def bootstrap(config: RuntimeConfig | None = None, *, lost_seconds: float = 20.0) -> Iterator[bool]:
     """Yields whether this process is the controller; on other nodes, it yields when the controller is through.
 
     Without torchrun, or with one node, this process is the controller and nothing else happens. Otherwise the
     controller finds RAY_ADDRESS set, so that `make_runtime` joins the cluster of all nodes.
+
+    Args:
+        lost_seconds: without a sign of life, after which a node counts as lost.
 
     Raises:
         ConfigError: torchrun has started several processes on a node.
@@ -56,7 +58,7 @@ def bootstrap(config: RuntimeConfig | None = None) -> Iterator[bool]:
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
         raise ConfigError("torchrun has started several processes a node: use --nproc-per-node=1, ranks come from Ray")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is below cleans up
-    node = _Node(int(os.environ["RANK"]), nodes, config or RuntimeConfig())
+    node = _Node(int(os.environ["RANK"]), nodes, config or RuntimeConfig(), lost_seconds)
     try:
         if node.rank == 0:
             with node.controlling():
@@ -71,8 +73,8 @@ def bootstrap(config: RuntimeConfig | None = None) -> Iterator[bool]:
 class _Node:
     """One node of the cluster to be, and its Ray processes."""
 
-    def __init__(self, rank: int, num_nodes: int, config: RuntimeConfig) -> None:
-        self.rank, self.num_nodes, self.config = rank, num_nodes, config
+    def __init__(self, rank: int, num_nodes: int, config: RuntimeConfig, lost_seconds: float) -> None:
+        self.rank, self.num_nodes, self.config, self.lost_seconds = rank, num_nodes, config, lost_seconds
         self.store = _rendezvous(config.start_seconds)
         self.temp_dir = new_temp_dir()
         self._ray: subprocess.Popen[bytes] | None = None
@@ -197,7 +199,7 @@ class _Node:
         """One sign of life, and a look at those of the peers.
 
         Raises:
-            WorkerError: a peer has given none for `LOST_SECONDS`, has said that it ends, or Ray has ended here.
+            WorkerError: a peer has given none for too long, has said that it ends, or Ray has ended here.
         """
         if self._ray is not None and self._ray.poll() is not None:
             self.store.set(f"lost/{self.rank}", "its Ray processes ended")
@@ -210,8 +212,8 @@ class _Node:
             now = self.store.get(f"beat/{peer}") if self.store.check([f"beat/{peer}"]) else b""
             if now != beat:
                 self._seen[peer] = (now, time.monotonic())
-            elif time.monotonic() - when > LOST_SECONDS:
-                raise self._error(peer, "run", f"no sign of life for {LOST_SECONDS:g} s")
+            elif time.monotonic() - when > self.lost_seconds:
+                raise self._error(peer, "run", f"no sign of life for {self.lost_seconds:g} s")
 
     @contextmanager
     def _store_lives(self) -> Iterator[None]:

@@ -46,10 +46,16 @@ class SharedMemory:
 
 
 class RankActor:
-    """The process of one rank."""
+    """The process of one rank.
 
-    def __init__(self, rank: int, ranks: int, threads: int, owns_gpu: bool, path: list[str]) -> None:
-        sys.path += [folder for folder in path if folder not in sys.path]  # a rank imports what the controller can
+    Args:
+        path, folder: the controller's import path and working folder: a rank imports and reads what the controller can.
+    """
+
+    def __init__(self, rank: int, ranks: int, threads: int, owns_gpu: bool, path: list[str], folder: str) -> None:
+        sys.path += [entry for entry in path if entry not in sys.path]
+        if os.path.isdir(folder):
+            os.chdir(folder)
         self.rank, self.ranks, self.threads = rank, ranks, threads
         # Before torch is imported, which unpickling the worker's type will do. A rank that owns a GPU sees no other.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0" if owns_gpu else str(rank))
@@ -170,12 +176,12 @@ class RayRuntime:
         bundle = {"CPU": spec.cpus} | ({"GPU": gpus} if gpus else {}) | self._pin(gpus * spec.ranks)
         group = placement_group([dict(bundle) for _ in range(spec.ranks)], strategy="PACK")
         self._placement_groups.append(group)
-        actor_type, path = ray.remote(RankActor), [os.path.abspath(folder) for folder in sys.path]
+        actor_type, path = ray.remote(RankActor), [os.path.abspath(entry) for entry in sys.path]
         ranks = []
         for rank in range(spec.ranks):
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             options = {"num_cpus": spec.cpus, "num_gpus": gpus, "scheduling_strategy": where, "max_restarts": 0}
-            actor = actor_type.options(**options).remote(rank, spec.ranks, spec.threads, gpus > 0, path)
+            actor = actor_type.options(**options).remote(rank, spec.ranks, spec.threads, gpus > 0, path, os.getcwd())
             ranks.append((actor, RayRank(actor)))
         address = ranks[0][0].open_rendezvous.remote() if spec.collective else None
         for _, handle in ranks:
