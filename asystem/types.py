@@ -100,6 +100,7 @@ class DecodeReport:
 
     finished: list[FinishedRollout] = field(default_factory=list)
     generated: int = 0  # new response tokens, prefill not counted
+    completed: int = 0  # tokens of the finished responses
     steps: int = 0  # decode steps
     unfinished: int = 0  # rollouts that the replica still holds, running or waiting
     version: int = 0

@@ -21,7 +21,6 @@ token arrays and weights stay behind references.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
 
 from asystem.config import BudgetCounts, Config
@@ -36,13 +35,7 @@ Scoring = list[asyncio.Task[list[Score]]]
 
 
 class Controller:
-    """Orchestrates three worker groups, each of which is one local object or many ranks: the calls read the same.
-
-    Args:
-        pool: which prompts are in flight.
-        tracker: takes metrics and progress, and decides nothing.
-        run_dir: where checkpoints go.
-    """
+    """Orchestrates three worker groups, each of which is one local object or many ranks: the calls read the same."""
 
     def __init__(
         self,
@@ -56,7 +49,7 @@ class Controller:
     ) -> None:
         self.config, self.pool, self.tracker, self.run_dir = config, pool, tracker, run_dir
         self.trainers, self.generators, self.rewarders = trainers, generators, rewarders
-        self.replicas: Sequence[GenerateWorker] = replicas(generators)
+        self.replicas = replicas(generators)
         self.version = 0
         self.accuracy: list[float] = []  # on held-out prompts, first to last
         self.generated = self.trained = 0  # response tokens
@@ -122,9 +115,8 @@ class Controller:
             if not self.pool.num_in_flight[replica]:
                 return budget.settle(lease, 0)
             report = await self.replicas[replica].decode(asks, lease)
-            counts_completed = self.config.rollout.budget_counts is BudgetCounts.completed
-            completed = sum(rollout.length for rollout in report.finished)
-            budget.settle(lease, completed if counts_completed else report.generated)
+            by_completion = self.config.rollout.budget_counts is BudgetCounts.completed
+            budget.settle(lease, report.completed if by_completion else report.generated)
             self.pool.finish(report.finished)
             if report.finished:
                 scoring.append(self._tasks.create_task(self.rewarders.score(report.finished)))
@@ -146,7 +138,6 @@ class Controller:
         return {f"eval/{self.config.data.name}/accuracy": self.accuracy[-1]}
 
     async def _warm_up(self) -> None:
-        """Supervised steps on demonstrations, so that RL starts from a policy that is sometimes right."""
         steps = self.config.training.warmup.steps
         for done in range(0, steps, 20):
             stats = await self.trainers.warm_up(min(20, steps - done))

@@ -62,6 +62,7 @@ class GenerateWorker(Worker):
         return DecodeReport(
             finished=_publish(decoded.finished),
             generated=decoded.generated,
+            completed=decoded.completed,
             steps=decoded.steps,
             unfinished=self.engine.num_unfinished,
             version=self.engine.version,

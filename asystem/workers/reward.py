@@ -33,7 +33,9 @@ class RewardWorker(Worker):
         rows = self.task.evaluation if held_out else self.task.train
         responses = store.get_many([rollout.ref for rollout in rollouts])
         return [
-            self._score(rollout.rollout, rows[rollout.prompt], self.tokenizer.decode(trajectories[rollout.row].tokens))
+            self._score(
+                rollout.rollout, rows[rollout.prompt], self.tokenizer.decode(trajectories[rollout.row].tokens.tolist())
+            )
             for rollout, trajectories in zip(rollouts, responses, strict=True)
         ]
 

@@ -165,7 +165,8 @@ class TrainWorker(Worker):
         weights = correction_weights(train, packed.infer_logprobs, self.config.algorithm)
         rows = packed.label_rows
         lengths = torch.bincount(packed.sequence[rows], minlength=len(packed.rollouts)).tolist()
-        columns = zip(train[rows].cpu().split(lengths), (weights[rows] != 0).int().cpu().split(lengths), strict=True)
+        kept = (weights[rows] != 0).int().cpu()
+        columns = zip(torch.split(train[rows].cpu(), lengths), torch.split(kept, lengths), strict=True)
         for rollout, (values, mask) in zip(packed.rollouts, columns, strict=True):
             self._columns[rollout] = (values.tolist(), mask.tolist())
 

@@ -66,7 +66,9 @@ def test_a_run_folder_holds_what_the_design_names(run: Run) -> None:
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
     assert (run_dir / "report.html").stat().st_size > 1000
     assert json.loads((run_dir / "timeline.json").read_text())["traceEvents"]
-    rollouts = [json.loads(line) for line in (run_dir / "rollouts" / "step-000001-rank0.jsonl").read_text().splitlines()]
+    rollouts = [
+        json.loads(line) for line in (run_dir / "rollouts" / "step-000001-rank0.jsonl").read_text().splitlines()
+    ]
     for rollout in rollouts:
         assert len(rollout["tokens"]) == len(rollout["infer_logprobs"]) == len(rollout["train_logprobs"])
         assert len(rollout["versions"]) == len(rollout["mask"]) == len(rollout["tokens"])

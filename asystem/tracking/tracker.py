@@ -1,0 +1,177 @@
+"""The controller's one partner for everything that is written down or shown."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from asystem.config import Config
+from asystem.tracking.console import is_accuracy, make_console
+from asystem.tracking.report import write_report
+from asystem.tracking.run_folder import plain, write_config, write_whole
+from asystem.tracking.timeline import Timeline, overlap
+from asystem.tracking.wandb_run import WandbRun
+from asystem.types import CallRecord
+
+
+def is_timing(name: str) -> bool:
+    """Whether a metric depends on the clock: two runs of one seed in one process agree in all others."""
+    return name.startswith("time") or name.endswith(("_per_second", "/mfu")) or "seconds" in name
+
+
+class Tracker:
+    """Writes a run's folder while the run goes on: each line of `metrics.jsonl` stands there as soon as it is logged."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        """Opens the folder.
+
+        Raises:
+            ConfigError: W&B was asked for by name and cannot start.
+        """
+        self.config, self.run_dir = config, run_dir
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_config(config, run_dir)
+        self._recipe = Path(config.recipe).name
+        self._wandb = WandbRun(
+            config.tracking.wandb,
+            run_dir,
+            recipe=self._recipe,
+            project=config.tracking.project,
+            config=plain(asdict(config)),
+        )
+        self._metrics = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115: closed by finish()
+        self._timeline = Timeline()
+        self._started = self._logged = time.time()
+        self._tokens = self._logged_tokens = 0  # generated: as of the last progress(), and of the last log()
+        self._seconds: dict[tuple[str, str], dict[int, float]] = defaultdict(lambda: defaultdict(float))
+        self._accuracy: list[float] = []
+        self._step = 0
+        self._summary: dict[str, Any] | None = None
+        title = f"{self._recipe}: {config.steps} steps, run folder {run_dir}"
+        self._console = make_console(config.tracking.console, title, config.steps)
+
+    def log(self, step: int, version: int, metrics: Mapping[str, float]) -> None:
+        """Writes what a step measured, with the rates and times since the last call of this method.
+
+        Added, unless given: `time/step`, `time/<group>_<method>` (seconds of calls, the mean over the group's ranks),
+        `rollout/tokens_per_second` (generated, over all the time), `train/tokens_per_second` (over the updates alone).
+        NaN and infinity are written as null.
+        """
+        now = time.time()
+        metrics = self._rates(now, metrics) | metrics
+        line = {"step": step, "version": version, "time": now}
+        line |= {name: _finite(value) for name, value in sorted(metrics.items())}
+        self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
+        self._metrics.flush()
+        self._wandb.log(step, metrics)
+        self._accuracy += [value for name, value in metrics.items() if is_accuracy(name)]
+        self._step, self._logged, self._logged_tokens = step, now, self._tokens
+        self._seconds.clear()
+        self._console.step(step, metrics)
+
+    def call(self, record: CallRecord) -> None:
+        """Notes a worker's call, for the timeline and for `time/<group>_<method>`."""
+        self._timeline.add(record)
+        self._seconds[record.group, record.method][record.rank] += record.end - record.start
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Marks an instant in the timeline: weights published, a window closed."""
+        self._timeline.mark(time.time(), name, plain(fields))
+
+    def progress(self, *, tokens: int, phase: str, in_flight: int = 0) -> None:
+        """Shows what goes on between two steps. ``tokens`` counts all that the run has generated."""
+        self._tokens = max(self._tokens, tokens)
+        rate = (self._tokens - self._logged_tokens) / max(time.time() - self._logged, 1e-9)
+        figures = [phase]
+        figures += [f"{in_flight} in flight"] if in_flight else []
+        figures += [f"{rate:,.0f} tokens/s"] if rate else []
+        self._console.phase(", ".join(figures))
+
+    def finish(self, status: str, summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Ends the run: `summary.json`, `timeline.json`, `report.html`, W&B, and one last line on the console.
+
+        Args:
+            status: "finished", "failed" or "interrupted". summary: figures that outrank what the tracker counted.
+
+        Returns:
+            The summary. A second call changes nothing and returns the same.
+        """
+        if self._summary is not None:
+            return self._summary
+        measured = overlap(self._timeline.calls)
+        self._summary = {"status": status} | self._counted() | plain(dict(summary)) | {"overlap": measured}
+        self._metrics.close()
+        text = json.dumps(_finite(self._summary), indent=2, allow_nan=False)
+        write_whole(self.run_dir / "summary.json", text + "\n")
+        if self.config.tracking.timeline:
+            write_whole(self.run_dir / "timeline.json", json.dumps(_finite(self._timeline.trace())))
+        page = self._report()
+        self._wandb.finish(self._summary, failed=status != "finished")
+        self._console.close(closing_line(self._recipe, self._summary, page))
+        return self._summary
+
+    def _rates(self, now: float, given: Mapping[str, float]) -> dict[str, float]:
+        times = {f"time/{group}_{method}": _mean(ranks) for (group, method), ranks in self._seconds.items()}
+        times["time/step"] = now - self._logged
+        if self._tokens > self._logged_tokens:
+            times["rollout/tokens_per_second"] = (self._tokens - self._logged_tokens) / max(times["time/step"], 1e-9)
+        update = sum(_mean(ranks) for (_, method), ranks in self._seconds.items() if method == "update")
+        if update > 0 and "rollout/tokens" in given:
+            times["train/tokens_per_second"] = given["rollout/tokens"] / update
+        return times
+
+    def _counted(self) -> dict[str, Any]:
+        return {
+            "recipe": self._recipe,
+            "steps": self._step,
+            "wall_seconds": time.time() - self._started,
+            "eval_first": self._accuracy[0] if self._accuracy else None,
+            "eval_last": self._accuracy[-1] if self._accuracy else None,
+            "tokens_generated": self._tokens,
+            "tokens_trained": 0,
+        }
+
+    def _report(self) -> Path:
+        """Writes the page; it is the least of what a run leaves, so its failure hides nothing else."""
+        if not self.config.tracking.report:
+            return self.run_dir
+        try:
+            return write_report(self.run_dir)
+        except Exception as error:
+            warnings.warn(f"report.html was not written: {error!r}", RuntimeWarning, stacklevel=2)
+            return self.run_dir
+
+
+def closing_line(recipe: str, summary: Mapping[str, Any], page: Path) -> str:
+    """How a run ended, in one line."""
+    first, last = summary["eval_first"], summary["eval_last"]
+    accuracy = "" if first is None else f"held-out accuracy {first:.3f} -> {last:.3f}, "
+    shares = {"training": summary["overlap"]["generation_training"], "reward": summary["overlap"]["generation_reward"]}
+    shown = [f"generation/{name} {share:.0%}" for name, share in shares.items() if share is not None]
+    overlapped = f", overlap {' '.join(shown)}" if shown else ""
+    return (
+        f"{recipe} {summary['status']}: {accuracy}{summary['steps']} steps, {summary['wall_seconds']:.1f} s, "
+        f"{summary['tokens_generated']:,} tokens generated{overlapped}; {page}"
+    )
+
+
+def _finite(value: Any) -> Any:
+    """The same without NaN and infinity, for which JSON has no words: they become null."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def _mean(ranks: Mapping[int, float]) -> float:
+    return sum(ranks.values()) / len(ranks)

@@ -1,0 +1,102 @@
+"""Weights & Biases, the only place that imports it. A run never waits for it and never dies of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import netrc
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from asystem.config import WandbMode
+from asystem.errors import ConfigError
+
+INIT_SECONDS = 30.0  # for reaching the server
+
+
+def check_installed(mode: WandbMode) -> None:
+    """Refuses a mode that needs W&B where it is missing, or needs a key where there is none.
+
+    Raises:
+        ConfigError: with the remedy.
+    """
+    if mode in (WandbMode.offline, WandbMode.online) and not is_installed():
+        raise ConfigError(f"tracking.wandb={mode.value} needs W&B: pip install wandb, or set tracking=none")
+    if mode is WandbMode.online and not has_key():
+        raise ConfigError("tracking.wandb=online needs a key: set WANDB_API_KEY, or run wandb login")
+
+
+def is_installed() -> bool:
+    """Whether wandb can be imported."""
+    return importlib.util.find_spec("wandb") is not None
+
+
+def has_key() -> bool:
+    """Whether a key is set: `WANDB_API_KEY`, or the server's line in netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(str(path)).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class WandbRun:
+    """One W&B run, or none: after `disabled`, or once something has failed, its methods do nothing."""
+
+    def __init__(self, mode: WandbMode, run_dir: Path, *, recipe: str, project: str, config: Mapping[str, Any]) -> None:
+        """Begins the run. ``config`` is shown beside it; ``recipe`` is its group and part of its name.
+
+        Raises:
+            ConfigError: W&B was asked for by name (`offline`, `online`) and cannot start.
+        """
+        self._run: Any = None
+        if mode is WandbMode.disabled:
+            return
+        check_installed(mode)
+        if mode is WandbMode.auto and not is_installed():
+            _warn("not installed, metrics stay in metrics.jsonl (pip install wandb, or set tracking=none)")
+            return
+        names = {"name": f"{recipe}-{run_dir.name}", "group": recipe, "project": project}
+        try:
+            self._run = _begin("online" if mode is not WandbMode.offline and has_key() else "offline", run_dir, names)
+        except Exception as error:
+            if mode is not WandbMode.auto:
+                raise ConfigError(f"tracking.wandb={mode.value}: W&B did not start: {error}") from error
+            _warn(f"did not start, the run goes on without it: {error}")
+        self._guard(lambda run: run.config.update(dict(config)))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One point of every curve."""
+        self._guard(lambda run: run.log(dict(metrics), step=step))
+
+    def finish(self, summary: Mapping[str, Any], *, failed: bool) -> None:
+        """Puts the summary beside the curves and ends the run."""
+        self._guard(lambda run: run.summary.update(dict(summary)))
+        self._guard(lambda run: run.finish(exit_code=int(failed)))
+        self._run = None
+
+    def _guard(self, use: Callable[[Any], Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            use(self._run)
+        except Exception as error:
+            self._run = None
+            _warn(f"failed, the run goes on without it: {error}")
+
+
+def _begin(mode: str, run_dir: Path, names: Mapping[str, str]) -> Any:
+    import wandb
+
+    settings = wandb.Settings(silent=True, console="off", x_disable_meta=True, init_timeout=INIT_SECONDS)
+    return wandb.init(dir=run_dir, mode=mode, settings=settings, reinit="create_new", **names)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"W&B {' '.join(text.split())}", RuntimeWarning, stacklevel=3)
