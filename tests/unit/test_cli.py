@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
+from asystem import cli
 from asystem.cli import main
+from asystem.config import Config
+from asystem.errors import WorkerError
+
+Train = Callable[[Config], None]
+
+
+@pytest.fixture(autouse=True)
+def _hydra_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["asystem"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
+    """The configurations of runs that the command line starts, none of which takes any time."""
+    started: list[Config] = []
+    monkeypatch.setattr(cli, "_start", started.append)
+    monkeypatch.chdir(tmp_path)
+    return started
 
 
 @pytest.mark.parametrize(
@@ -17,6 +42,12 @@ from asystem.cli import main
         (["train", "recipe=quickstart", "model.path=nowhere"], "nowhere"),
         (["train", "recipe=quickstart", "model.vocab_size=100"], "100"),
         (["report", "nowhere"], "nowhere is no run's folder"),
+        (["train", "recipe=quickstart", "--bogus"], "unrecognized arguments: --bogus"),
+        (["train", "--cfg", "job"], "which recipe?"),
+        (["train", "--cfg", "job", "recipe=quickstart", "steps=many"], "steps: value 'many'"),
+        (["train", "--cfg", "job", "--multirun", "recipe=quickstart"], "leave --multirun out"),
+        (["train", "--multirun", "recipe=quickstart,quikstart"], 'unknown recipe "quikstart"'),
+        (["train", "-m", "recipe=quickstart", "rollout.max_staleness=0,-1"], "rollout.max_staleness=-1 (η)"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(
@@ -33,3 +64,93 @@ def test_bad_input_is_one_line_and_status_2(
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert "asystem train recipe=NAME" in capsys.readouterr().out
+
+
+def test_a_run_starts_where_it_was_called_and_leaves_nothing_of_hydra(runs: list[Config], tmp_path: Path) -> None:
+    assert main(["train", "recipe=quickstart", "steps=3"]) == 0
+    assert [config.steps for config in runs] == [3]
+    assert (Path.cwd(), list(tmp_path.iterdir())) == (tmp_path, [])
+
+
+def test_multirun_starts_each_combination(runs: list[Config], tmp_path: Path) -> None:
+    assert main(["train", "--multirun", "recipe=quickstart", "seed=1,2", "rollout=sync,c3po"]) == 0
+    assert [(config.seed, config.rollout.token_budget) for config in runs] == [
+        (1, None),
+        (1, 4096),
+        (2, None),
+        (2, 4096),
+    ]
+    assert Path.cwd() == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_cfg_shows_the_configuration_and_starts_nothing(runs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "recipe=quickstart", "rollout=sync", "--cfg", "job"]) == 0
+    out = capsys.readouterr().out
+    assert "recipe: quickstart\n" in out
+    assert "  token_budget: null\n" in out
+    assert runs == []
+
+
+def test_help_of_train_lists_recipes_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "recipe: quickstart\n" in out
+    assert "rollout: async, c3po, sync\n" in out
+
+
+@pytest.mark.parametrize(
+    ("typed", "choices"),
+    [
+        ("asystem train recipe=q", "recipe=quickstart\n"),
+        ("asystem train recipe=quickstart rollout.tok", "rollout.token_budget=\n"),
+        ("asystem train runtime=", "runtime=inline runtime=ray\n"),
+    ],
+)
+def test_shell_completion(
+    typed: str, choices: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", typed)
+    monkeypatch.setenv("COMP_POINT", str(len(typed)))
+    assert main(["-sc", "query=bash"]) == 0
+    assert capsys.readouterr().out == choices
+
+
+def failing(error: BaseException) -> Train:
+    def start(config: Config) -> None:
+        raise error
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (WorkerError("trainers", 3, "node7", "update", "out of memory"), 1, "error: trainers rank 3 on node7: update"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_a_failed_run_is_one_line(
+    error: BaseException, status: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_start", failing(error))
+    assert main(["train", "recipe=quickstart"]) == status
+    assert capsys.readouterr().err.startswith(f"asystem: {message}")
+
+
+def test_debugging_shows_where_an_error_comes_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_start", failing(WorkerError("trainers", 3, "node7", "update", "out of memory")))
+    monkeypatch.setenv("ASYSTEM_DEBUG", "1")
+    with pytest.raises(WorkerError):
+        main(["train", "recipe=quickstart"])
+
+
+def test_bad_input_is_refused_before_anything_heavy_is_imported() -> None:
+    program = (
+        "import sys; from asystem.cli import main; status = main(['train', 'recipe=quickstart', 'steps=0'])\n"
+        "sys.exit(0 if status == 2 and not {'torch', 'ray', 'wandb'} & set(sys.modules) else 1)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "asystem: error: steps=0 is below 1\n")
