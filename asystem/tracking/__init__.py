@@ -1,7 +1,7 @@
 """What a run leaves behind, and what it shows while it goes on: metrics, W&B, console, timeline, report."""
 
 from asystem.tracking.report import write_report
-from asystem.tracking.run_folder import new_run_dir
+from asystem.tracking.run_dir import new_run_dir
 from asystem.tracking.timeline import overlap
 from asystem.tracking.tracker import Tracker, is_timing
 

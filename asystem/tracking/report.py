@@ -6,7 +6,7 @@ import html
 import json
 from pathlib import Path
 
-from asystem.tracking.run_folder import write_whole
+from asystem.tracking.run_dir import write_whole
 
 
 def write_report(run_dir: Path) -> Path:

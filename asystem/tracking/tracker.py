@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from asystem.config import Config
 from asystem.tracking.console import is_accuracy, make_console
 from asystem.tracking.report import write_report
-from asystem.tracking.run_folder import plain, write_config, write_whole
+from asystem.tracking.run_dir import finite, plain, recipe_name, write_config, write_json
 from asystem.tracking.timeline import Timeline, overlap
 from asystem.tracking.wandb_run import WandbRun
 from asystem.types import CallRecord
@@ -27,7 +25,7 @@ def is_timing(name: str) -> bool:
 
 
 class Tracker:
-    """Writes a run's folder while the run goes on: each line of `metrics.jsonl` stands there as soon as it is logged."""
+    """Writes a run's folder while the run goes on: a line of `metrics.jsonl` is on disk once it is logged."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         """Opens the folder.
@@ -37,16 +35,16 @@ class Tracker:
         """
         self.config, self.run_dir = config, run_dir
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_config(config, run_dir)
-        self._recipe = Path(config.recipe).name
+        write_config(config, run_dir / "config.yaml")
+        self._recipe = recipe_name(config)
         self._wandb = WandbRun(
             config.tracking.wandb,
             run_dir,
             recipe=self._recipe,
             project=config.tracking.project,
-            config=plain(asdict(config)),
+            config=plain(config),
         )
-        self._metrics = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115: closed by finish()
+        self._metrics = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._timeline = Timeline()
         self._started = self._logged = time.time()
         self._tokens = self._logged_tokens = 0  # generated: as of the last progress(), and of the last log()
@@ -65,9 +63,9 @@ class Tracker:
         NaN and infinity are written as null.
         """
         now = time.time()
-        metrics = self._rates(now, metrics) | metrics
+        metrics = {**self._rates(now, metrics), **metrics}
         line = {"step": step, "version": version, "time": now}
-        line |= {name: _finite(value) for name, value in sorted(metrics.items())}
+        line |= {name: finite(value) for name, value in sorted(metrics.items())}
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
         self._metrics.flush()
         self._wandb.log(step, metrics)
@@ -108,10 +106,9 @@ class Tracker:
         measured = overlap(self._timeline.calls)
         self._summary = {"status": status} | self._counted() | plain(dict(summary)) | {"overlap": measured}
         self._metrics.close()
-        text = json.dumps(_finite(self._summary), indent=2, allow_nan=False)
-        write_whole(self.run_dir / "summary.json", text + "\n")
+        write_json(self.run_dir / "summary.json", self._summary)
         if self.config.tracking.timeline:
-            write_whole(self.run_dir / "timeline.json", json.dumps(_finite(self._timeline.trace())))
+            write_json(self.run_dir / "timeline.json", self._timeline.trace(), indent=None)
         page = self._report()
         self._wandb.finish(self._summary, failed=status != "finished")
         self._console.close(closing_line(self._recipe, self._summary, page))
@@ -160,17 +157,6 @@ def closing_line(recipe: str, summary: Mapping[str, Any], page: Path) -> str:
         f"{recipe} {summary['status']}: {accuracy}{summary['steps']} steps, {summary['wall_seconds']:.1f} s, "
         f"{summary['tokens_generated']:,} tokens generated{overlapped}; {page}"
     )
-
-
-def _finite(value: Any) -> Any:
-    """The same without NaN and infinity, for which JSON has no words: they become null."""
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
 
 
 def _mean(ranks: Mapping[int, float]) -> float:

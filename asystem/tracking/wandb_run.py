@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 from asystem.config import WandbMode
@@ -17,7 +17,7 @@ from asystem.errors import ConfigError
 INIT_SECONDS = 30.0  # for reaching the server
 
 
-def check_installed(mode: WandbMode) -> None:
+def check_wandb(mode: WandbMode) -> None:
     """Refuses a mode that needs W&B where it is missing, or needs a key where there is none.
 
     Raises:
@@ -58,7 +58,7 @@ class WandbRun:
         self._run: Any = None
         if mode is WandbMode.disabled:
             return
-        check_installed(mode)
+        check_wandb(mode)
         if mode is WandbMode.auto and not is_installed():
             _warn("not installed, metrics stay in metrics.jsonl (pip install wandb, or set tracking=none)")
             return
@@ -91,7 +91,7 @@ class WandbRun:
             _warn(f"failed, the run goes on without it: {error}")
 
 
-def _begin(mode: str, run_dir: Path, names: Mapping[str, str]) -> Any:
+def _begin(mode: Literal["online", "offline"], run_dir: Path, names: Mapping[str, Any]) -> Any:
     import wandb
 
     settings = wandb.Settings(silent=True, console="off", x_disable_meta=True, init_timeout=INIT_SECONDS)
