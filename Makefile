@@ -26,7 +26,7 @@ clean:
 
 # torch first and by its exact pin: whatever depends on it would otherwise take its newest CUDA build.
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit((3, 11) <= sys.version_info[:2] <= (3, 13) and 0 or \
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else \
 	    "asystem needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
