@@ -202,13 +202,19 @@ class Engine:
         return True
 
     def _step(self, done: Decoded, steps: int) -> None:
+        self._grow(steps)
+        self.runner.decode(steps, self._context(steps))
+        # While the device works: the blocks that the next call would ask for, where nobody loses his by it.
+        if self.runner.run_ahead > 1 and self.scheduler.has_room(2 * steps):
+            self._grow(2 * steps)
+        done.steps += steps
+        self._collect(done, 0)
+
+    def _grow(self, steps: int) -> None:
         growth = self.scheduler.reserve(steps)
         if growth.rows:
             self.rows.extend_tables(growth.rows, growth.places, growth.blocks)
         self._leave(growth.preempted, State.WAITING)
-        self.runner.decode(steps, self._context(steps))
-        done.steps += steps
-        self._collect(done, 0)
 
     def _context(self, steps: int) -> StepContext:
         num_rows = len(self.scheduler.running)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from asystem.models.attention import PackedAttention
+
 
 class KVCache:
     """Keys and values of all layers: `data` is [layers, 2, blocks, kv heads, block_size, head_dim]."""
@@ -134,6 +136,10 @@ class PrefillAttention:
         places = [_places(b, c, n, cache.block_size) for b, c, n in zip(blocks, contexts, lengths, strict=True)]
         block, offset = (torch.from_numpy(np.concatenate(x)).to(device) for x in zip(*places, strict=True))
         self._write_rows = cache.token_rows(block, offset)
+        self._packed: PackedAttention | None = None
+        if cache.data.is_cuda and cache.data.dtype != torch.float32 and not any(contexts):
+            starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            self._packed = PackedAttention(torch.from_numpy(starts).to(device), max(lengths))
         self._contexts = [
             _Context(cache, used, context, length) if context else None
             for used, context, length in zip(blocks, contexts, lengths, strict=True)
@@ -143,6 +149,8 @@ class PrefillAttention:
         """q [T, query heads, d], k and v [T, kv heads, d] to [T, query heads, d]."""
         # All writes come before any read: a context may be another sequence's prompt of this same batch.
         self.cache.write(layer, self._write_rows, k, v)
+        if self._packed is not None:
+            return self._packed(layer, q, k, v)
         queries, keys, values = (torch.split(x.transpose(0, 1), self.lengths, dim=1) for x in (q, k, v))
         parts = []
         for query, key, value, context in zip(queries, keys, values, self._contexts, strict=True):

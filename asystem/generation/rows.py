@@ -129,7 +129,10 @@ class Rows:
 
     def extend_tables(self, rows: list[int], places: list[int], blocks: list[int]) -> None:
         """Writes new blocks at the given places of the given rows' tables."""
-        row, place, block = torch.tensor([rows, places, blocks]).to(self.device)
+        entries = torch.tensor([rows, places, blocks])
+        if self.device.type == "cuda":
+            entries = entries.pin_memory()  # or the copy would wait for the steps under way
+        row, place, block = entries.to(self.device, non_blocking=True)
         self.table[row, place] = block
 
     def responses(self, rows: list[int]) -> list[Response]:

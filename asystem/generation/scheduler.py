@@ -174,6 +174,10 @@ class Scheduler:
             self._room[row] = len(sequence.blocks) * self.pool.block_size
         return growth
 
+    def has_room(self, steps: int) -> bool:
+        """Whether `reserve` finds free blocks for all running sequences, whatever their lengths."""
+        return self.pool.num_free >= len(self.running) * (self.pool.blocks_for(steps) + 1)
+
     def _evict(self, keep: Sequence | None = None) -> bool:
         """Takes the blocks of the newest sequence that holds some without running; False where there is none."""
         holders = [s for s in (*self.waiting, *self.paused) if s.blocks and s is not keep]
