@@ -10,7 +10,7 @@ import numpy as np
 
 from asystem.config import Config
 from asystem.data.task import Row, load_task
-from asystem.errors import DataError, WorkerError
+from asystem.errors import DataError, ModelError
 from asystem.generation import Engine, EngineRequest
 from asystem.models import Decoder
 from asystem.spmd import Collect, Dispatch, Worker, remote, store
@@ -90,14 +90,16 @@ class GenerateWorker(Worker):
         """Swaps the weights in place; tokens sampled from now on carry ``version``.
 
         Raises:
-            WorkerError: the version goes backwards.
+            ModelError: the version goes backwards, or the weights do not fit the model.
         """
-        if version < self.engine.version:
-            raise WorkerError(
-                self.name, self.rank, "", "load_weights", f"version {version} after version {self.engine.version}"
-            )
+        self.check_version(version)
         import_weights(self.engine.model, store.get(weights))
         self.engine.weights_updated(version)
+
+    def check_version(self, version: int) -> None:
+        """Refuses weights older than those that are loaded."""
+        if version < self.engine.version:
+            raise ModelError(f"weights of version {version} were published after version {self.engine.version}")
 
     def _request(self, rows: Sequence[Row], request: RolloutRequest, sampling: SamplingParams) -> EngineRequest:
         tokens = self.tokenizer.encode_prompt(rows[request.prompt]["prompt"])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+
 from asystem.config import Config
 from asystem.spmd import Collect, Dispatch, remote
 from asystem.state import WeightPayload
 from asystem.types import Ref
-from asystem.workers.build import build_model, pick_device, pick_dtype
+from asystem.workers.build import build_model, pick_device
 from asystem.workers.generate import GenerateWorker
 from asystem.workers.train import TrainWorker
 
@@ -16,14 +20,13 @@ class HybridWorker(TrainWorker, GenerateWorker):
 
     collective = False
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        TrainWorker.__init__(self, config, run_dir)
 
     async def setup(self) -> None:
-        device = pick_device(self.config)
-        model = build_model(self.config, device, pick_dtype(self.config.training.dtype, device))
+        model = build_model(self.config, pick_device(self.config), torch.float32)
+        self.start_training(model)  # first: it brings the shared weights into the dtype that both compute in
         self.start_generation(model)
-        self.start_training(model)
 
     @remote(Dispatch.BROADCAST, Collect.FIRST)
     async def export_weights(self) -> Ref[WeightPayload]:
@@ -32,4 +35,5 @@ class HybridWorker(TrainWorker, GenerateWorker):
 
     @remote(Dispatch.BROADCAST)
     async def load_weights(self, weights: Ref[WeightPayload], version: int) -> None:
+        self.check_version(version)
         self.engine.weights_updated(version)
