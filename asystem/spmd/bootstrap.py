@@ -79,7 +79,7 @@ class _Node:
         self.temp_dir = new_temp_dir()
         self._ray: subprocess.Popen[bytes] | None = None
         self._beats = 0
-        self._seen = {peer: (b"", time.monotonic()) for peer in (range(1, num_nodes) if rank == 0 else [0])}
+        self._seen: dict[int, tuple[bytes, float]] = {}  # by peer: its last beat, and when it was new here
 
     @contextmanager
     def controlling(self) -> Iterator[None]:
@@ -103,6 +103,7 @@ class _Node:
         """Other nodes: join, and stay until node 0 is through."""
         with self._store_lives():
             self._join()
+            self._begin_to_watch()
             while not self.store.check(["outcome"]):
                 self._beat()
                 time.sleep(BEAT_SECONDS)
@@ -132,7 +133,7 @@ class _Node:
         os.environ["RAY_ADDRESS"] = f"{address}:{port}"
         for peer in range(1, self.num_nodes):
             self._await(f"joined/{peer}", peer, "join")
-        self._seen = {peer: (b"", time.monotonic()) for peer in self._seen}
+        self._begin_to_watch()
 
     def _join(self) -> None:
         cluster = json.loads(self._await("cluster", 0, "start"))
@@ -195,6 +196,10 @@ class _Node:
             stop.set()
             thread.join()
 
+    def _begin_to_watch(self) -> None:
+        peers = range(1, self.num_nodes) if self.rank == 0 else [0]
+        self._seen = {peer: (b"", time.monotonic()) for peer in peers}
+
     def _beat(self) -> None:
         """One sign of life, and a look at those of the peers.
 
@@ -212,8 +217,8 @@ class _Node:
             now = self.store.get(f"beat/{peer}") if self.store.check([f"beat/{peer}"]) else b""
             if now != beat:
                 self._seen[peer] = (now, time.monotonic())
-            elif time.monotonic() - when > self.lost_seconds:
-                raise self._error(peer, "run", f"no sign of life for {self.lost_seconds:g} s")
+            elif time.monotonic() - when > (limit := self.lost_seconds if beat else self.config.start_seconds):
+                raise self._error(peer, "run", f"no sign of life for {limit:g} s")
 
     @contextmanager
     def _store_lives(self) -> Iterator[None]:
@@ -226,7 +231,7 @@ class _Node:
         """Tells the other nodes that the run is over, and gives them time to read it before the store is gone."""
         self.store.set("outcome", outcome)
         end = time.monotonic() + 5 * BEAT_SECONDS
-        peers = [f"left/{peer}" for peer in self._seen if self.store.check([f"joined/{peer}"])]
+        peers = [f"left/{peer}" for peer in range(1, self.num_nodes) if self.store.check([f"joined/{peer}"])]
         while time.monotonic() < end and not all(self.store.check([peer]) for peer in peers):
             time.sleep(0.1)
 
