@@ -12,40 +12,40 @@ from enum import Enum
 from asystem.checks import check
 
 
-class RuntimeKind(str, Enum):
+class RuntimeKind(Enum):
     inline = "inline"  # all in this process: pdb works
     ray = "ray"  # one Ray actor a rank
 
 
-class PlacementKind(str, Enum):
+class PlacementKind(Enum):
     split = "split"  # generation and training own different devices
     hybrid = "hybrid"  # each worker holds both over one copy of the weights
 
 
-class BudgetCounts(str, Enum):
+class BudgetCounts(Enum):
     generated = "generated"  # every new token (prose of the Ring-1T report; Ring-2.6)
     completed = "completed"  # whole lengths when rollouts finish (its Algorithm 1)
 
 
-class Correction(str, Enum):
+class Correction(Enum):
     none = "none"
     tis = "tis"
     icepop = "icepop"
 
 
-class Normalizer(str, Enum):
+class Normalizer(Enum):
     response = "response"  # mean over each response's tokens, then over responses (GRPO, IcePop: 1/|y|)
     token = "token"  # mean over all tokens of the global batch
     budget = "budget"  # sum over tokens divided by the constant token budget (C3PO: 1/Φ)
 
 
-class Schedule(str, Enum):
+class Schedule(Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
 
 
-class WandbMode(str, Enum):
+class WandbMode(Enum):
     auto = "auto"  # online when a key is set, else offline
     offline = "offline"
     online = "online"
@@ -116,6 +116,7 @@ class GenerationConfig:
     kv_tokens: int | None = None  # KV pool of one replica, in tokens; null = what max_running at full length needs
     prefill_tokens: int = 8192  # prompt tokens in one prefill batch
     dtype: str = "auto"  # float32 | bfloat16; auto = bfloat16 on CUDA, float32 on CPU
+    graphs: bool = True  # on CUDA: decode steps captured in CUDA graphs; false = plain PyTorch, for comparison
 
 
 @dataclass

@@ -4,7 +4,7 @@ AsystemError
 ├── ConfigError        a recipe, key or value that cannot work; raised before anything starts
 ├── DataError          a dataset, task or tokenizer that cannot be read, with its file and line
 ├── ModelError         a model folder or checkpoint that is incomplete or of another shape
-├── MemoryError_       a plan that does not fit: what was needed, what there is, what would fit
+├── CapacityError       a plan that does not fit: what was needed, what there is, what would fit
 ├── StarvationError    rollouts that no window can ever finish
 ├── RewardError        more rewards failed than ``reward.max_error_share`` allows
 ├── TrainingError      gradients that stay NaN or infinite
@@ -34,7 +34,7 @@ class ModelError(AsystemError, ValueError):
     """A model folder or checkpoint that cannot be used."""
 
 
-class MemoryError_(AsystemError):
+class CapacityError(AsystemError):
     """Something does not fit in memory: the message says what would."""
 
 

@@ -8,7 +8,7 @@ the worker that needs it fetches it (`asystem.spmd.store`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -25,7 +25,7 @@ class Ref(Generic[T]):
     num_bytes: int = 0
 
 
-class Finish(str, Enum):
+class Finish(StrEnum):
     """Why a rollout ended."""
 
     STOP = "stop"  # the end token or a stop token was sampled

@@ -146,7 +146,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise DataError(f'{file} does not exist; give a folder with tokenizer.json, or "{BYTES}"')
     try:
         fast = FastTokenizer.from_file(str(file))
-    except Exception as error:  # noqa: BLE001 (the library raises nothing narrower)
+    except Exception as error:  # (the library raises nothing narrower)
         raise DataError(f"{file} cannot be read: {error}") from None
     config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
     stops = _stop_ids(folder)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from asystem.config import BudgetCounts, GenerationConfig
-from asystem.errors import ConfigError, DataError, MemoryError_
+from asystem.errors import ConfigError, DataError, CapacityError
 from asystem.generation.blocks import BlockPool
 from asystem.generation.kv_cache import KVCache
 from asystem.generation.rows import FINISH, RUNNING, Rows
@@ -51,7 +51,7 @@ class Engine:
         device: default is the model's.
 
     Raises:
-        MemoryError_: the KV pool does not hold one sequence of `max_length`.
+        CapacityError: the KV pool does not hold one sequence of `max_length`.
         ConfigError: a stop token beyond the vocabulary.
     """
 
@@ -310,14 +310,14 @@ def _num_blocks(config: GenerationConfig, max_length: int) -> int:
     """Blocks of the KV pool.
 
     Raises:
-        MemoryError_: they do not hold one sequence.
+        CapacityError: they do not hold one sequence.
     """
     needed = -(-max_length // config.block_size)
     if config.kv_tokens is None:
         return config.max_running * needed
     blocks = config.kv_tokens // config.block_size
     if blocks < needed:
-        raise MemoryError_(
+        raise CapacityError(
             f"generation.kv_tokens={config.kv_tokens} holds {blocks} blocks of {config.block_size} tokens, but one "
             f"sequence of {max_length} tokens needs {needed}: set it to at least {needed * config.block_size}"
         )

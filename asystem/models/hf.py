@@ -338,4 +338,13 @@ def _check_tied(head: Tensor, embedding: Tensor | None, where: str) -> None:
         )
 
 
-__all__ = ["Place", "check_folder", "from_hf_state", "layout", "load_model", "parameter_shapes", "save_model", "to_hf_state"]
+__all__ = [
+    "Place",
+    "check_folder",
+    "from_hf_state",
+    "layout",
+    "load_model",
+    "parameter_shapes",
+    "save_model",
+    "to_hf_state",
+]

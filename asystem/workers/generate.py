@@ -54,7 +54,7 @@ class GenerateWorker(Worker):
 
     @remote(Dispatch.BROADCAST, Collect.FIRST)
     async def decode(self, requests: Sequence[RolloutRequest], lease: int | None) -> DecodeReport:
-        """Takes new requests and decodes one slice: at most `rollout.slice_steps` steps, or until the lease is spent."""
+        """Takes new requests and decodes a slice: at most `rollout.slice_steps` steps, or until the lease is spent."""
         started = time.perf_counter()
         self.engine.submit([self._request(self.task.train, request, self.sampling) for request in requests])
         rollout = self.config.rollout

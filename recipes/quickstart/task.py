@@ -36,7 +36,9 @@ def reward(row: Row, response: str) -> float:
 def _rows(count: int = 16_000) -> list[Row]:
     """Distinct prompts in an order that never changes, so that what is held out stays so."""
     draw = random.Random(2025)
-    prompts = dict.fromkeys("".join(draw.choices("0123456789", k=draw.randint(SHORTEST, LONGEST))) for _ in range(count))
+    prompts = dict.fromkeys(
+        "".join(draw.choices("0123456789", k=draw.randint(SHORTEST, LONGEST))) for _ in range(count)
+    )
     return [{"prompt": f"{digits}=", "answer": "".join(sorted(digits))} for digits in prompts]
 
 

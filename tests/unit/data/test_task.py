@@ -10,11 +10,11 @@ from asystem.config import DataConfig
 from asystem.data.task import load_task, read_jsonl
 from asystem.errors import DataError
 
-TASK = '''
+TASK = """
 def train(): return [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1+2=", "answer": "3"}]
 def evaluation(): return [{"prompt": "2+2=", "answer": "4"}]
 def reward(row, response): return float(response == row["answer"])
-'''
+"""
 
 
 def write(folder: Path, name: str, text: str) -> str:
@@ -61,7 +61,10 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, message: str) -> None:
         ("def train(): return 1 / 0", r"train\(\) failed: ZeroDivisionError"),
         ("def train(): return [3]", r"train\(\) row 0: expected an object"),
         ("def train(): return []", "no training prompts"),
-        (TASK + 'def demonstrations(): return [{"prompt": "2+2=", "response": "4"}]', "1 held-out prompts occur in demo"),
+        (
+            TASK + 'def demonstrations(): return [{"prompt": "2+2=", "response": "4"}]',
+            "1 held-out prompts occur in demo",
+        ),
     ],
 )
 def test_a_bad_task_is_named(tmp_path: Path, task: str, message: str) -> None:

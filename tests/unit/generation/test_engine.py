@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asystem.config import BudgetCounts, GenerationConfig
-from asystem.errors import ConfigError, DataError, MemoryError_
+from asystem.errors import ConfigError, DataError, CapacityError
 from asystem.generation import Engine, EngineRequest
 from asystem.generation.runner import EagerRunner, StepContext
 from asystem.models import Decoder, ModelSpec, PackedAttention, init_weights
@@ -312,7 +312,7 @@ def test_plan_counts_every_byte_held() -> None:
 
 
 def test_a_pool_too_small_for_one_sequence_is_refused() -> None:
-    with pytest.raises(MemoryError_, match="one sequence of 40 tokens needs 10: set it to at least 40"):
+    with pytest.raises(CapacityError, match="one sequence of 40 tokens needs 10: set it to at least 40"):
         engine(kv_tokens=39)
 
 

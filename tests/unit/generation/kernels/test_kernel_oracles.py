@@ -54,9 +54,7 @@ def assert_close(got: Tensor, want: Tensor) -> None:
 @pytest.mark.parametrize("dtype", dtypes())
 @pytest.mark.parametrize("head", [64, 80, 96, 128])
 @pytest.mark.parametrize(("group", "block", "splits"), [(1, 16, 1), (2, 16, 3), (3, 32, 1), (8, 64, 5)])
-def test_attention(
-    dtype: torch.dtype, head: int, group: int, block: int, splits: int, device: torch.device
-) -> None:
+def test_attention(dtype: torch.dtype, head: int, group: int, block: int, splits: int, device: torch.device) -> None:
     lengths = [1, block - 1, block, block + 1, 0, 65, 129]
     if device.type == "cuda":
         lengths += [1023, 8192]
@@ -81,7 +79,9 @@ def test_attention_with_shared_prefixes(
     members = torch.full((2, CROWD), -1, dtype=torch.int32)
     members[0, :CROWD] = torch.arange(CROWD)
     skip = torch.tensor([shared * block] * CROWD + [0] * 2, dtype=torch.int32)
-    crowds = Crowds(members.to(device), torch.tensor([shared * block, 0], dtype=torch.int32, device=device), skip.to(device))
+    crowds = Crowds(
+        members.to(device), torch.tensor([shared * block, 0], dtype=torch.int32, device=device), skip.to(device)
+    )
     q = torch.randn(len(lengths), group * kv_heads * head, device=device, dtype=dtype)
     args = (q, cache.keys, cache.values, cache.table, cache.lengths, group * kv_heads)
     got = decode_attention(
@@ -105,9 +105,7 @@ def test_rotary_write(
     results = []
     for function in (rotary_write, reference.rotary_write):
         x, keys, values = qkv.clone(), cache.keys.clone(), cache.values.clone()
-        function(
-            x, *weights, 1e-6, angles.cos(), angles.sin(), cache.lengths, cache.table, keys, values, num_heads
-        )
+        function(x, *weights, 1e-6, angles.cos(), angles.sin(), cache.lengths, cache.table, keys, values, num_heads)
         results.append((x[:, : num_heads * head], keys, values))
     for got, want in zip(*results, strict=True):
         assert_close(got, want)
