@@ -1,0 +1,146 @@
+"""The worker programs by themselves: no groups, no runtime, real engines."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from asystem.config import Config
+from asystem.data.batch import Batch, BatchRow
+from asystem.errors import DataError, ModelError
+from asystem.spmd import store
+from asystem.types import FinishedRollout, Ref, RolloutRequest
+from asystem.workers import GenerateWorker, HybridWorker, RewardWorker, TrainWorker
+
+TASK = '''
+def train(): return [{"prompt": "ab", "answer": "x"}, {"prompt": "cde", "answer": "y"}]
+def evaluation(): return [{"prompt": "q", "answer": "z"}, {"prompt": "rs", "answer": "z"}]
+def demonstrations(): return [{"prompt": "ab", "response": "xx"}]
+def reward(row, response):
+    if row["prompt"] == "cde": raise ValueError("no c")
+    return float("nan") if row["prompt"] == "q" else 0.5
+'''
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    (tmp_path / "task.py").write_text(TASK)
+    config = Config(recipe_dir=str(tmp_path), device="cpu", steps=4)
+    config.model.num_layers, config.model.hidden_size, config.model.intermediate_size = 1, 32, 64
+    config.model.head_dim = 8
+    config.data.task, config.data.max_prompt_tokens = "task.py", 8
+    config.rollout.max_new_tokens, config.rollout.slice_steps = 6, 3
+    config.training.lr = 1e-2
+    config.training.warmup.steps = 4
+    return config
+
+
+def ready(worker: GenerateWorker | RewardWorker | TrainWorker) -> None:
+    asyncio.run(worker.setup())
+
+
+def decode(worker: GenerateWorker, requests: list[RolloutRequest], slices: int = 5) -> list[FinishedRollout]:
+    finished = []
+    for _ in range(slices):
+        finished += asyncio.run(worker.decode(requests, None)).finished
+        requests = []
+    return sorted(finished, key=lambda rollout: rollout.rollout)
+
+
+def batch_of(finished: list[FinishedRollout]) -> Batch:
+    rows = [
+        BatchRow(f.ref, f.row, f.rollout, f.group, f.prompt, f.prompt_length, f.length, 1.0, (-1.0) ** f.rollout, None)
+        for f in finished
+    ]
+    return Batch(rows, version=0, num_tokens=sum(row.length for row in rows), num_rollouts=len(rows))
+
+
+def test_a_slice_ends_after_its_steps_and_describes_what_finished(config: Config) -> None:
+    worker = GenerateWorker(config)
+    ready(worker)
+    report = asyncio.run(worker.decode([RolloutRequest(0, 0, 0), RolloutRequest(1, 0, 0)], None))
+    assert (report.steps, report.unfinished + len(report.finished)) == (3, 2)
+    finished = decode(worker, [])
+    trajectory = store.get(finished[0].ref)[finished[0].row]
+    assert trajectory.prompt_tokens.tolist() == [ord("a"), ord("b")]
+    assert len(trajectory.tokens) == finished[0].length <= 6
+
+
+def test_evaluation_leaves_rollouts_in_flight_alone(config: Config) -> None:
+    plain, disturbed = GenerateWorker(config), GenerateWorker(config)
+    requests = [RolloutRequest(i, 0, 0) for i in range(4)]
+    tokens = []
+    for worker in (plain, disturbed):
+        ready(worker)
+        finished = asyncio.run(worker.decode(requests, None)).finished
+        if worker is disturbed:
+            held_out = asyncio.run(worker.evaluate([0, 1]))
+            assert [rollout.prompt for rollout in held_out] == [0, 1]
+        finished += decode(worker, [])
+        tokens.append({f.rollout: store.get(f.ref)[f.row].tokens.tolist() for f in finished})
+    assert tokens[0] == tokens[1]
+
+
+def test_prompts_that_are_too_long_are_named(config: Config) -> None:
+    config.data.max_prompt_tokens = 2
+    worker = GenerateWorker(config)
+    ready(worker)
+    with pytest.raises(DataError, match=r"prompt 1 has 3 tokens; data\.max_prompt_tokens is 2"):
+        asyncio.run(worker.decode([RolloutRequest(0, 0, 1)], None))
+
+
+def test_weights_travel_and_versions_do_not_go_back(config: Config, tmp_path: Path) -> None:
+    trainer, generator = TrainWorker(config, tmp_path), GenerateWorker(config)
+    ready(trainer)
+    ready(generator)
+    asyncio.run(trainer.warm_up(4))
+    asyncio.run(generator.load_weights(asyncio.run(trainer.export_weights()), 3))
+    for name, parameter in generator.engine.model.named_parameters():
+        assert torch.equal(parameter, trainer.trainer.model.get_parameter(name)), name
+    assert asyncio.run(generator.decode([], None)).version == 3
+    with pytest.raises(ModelError, match="version 2 were published after version 3"):
+        asyncio.run(generator.load_weights(asyncio.run(trainer.export_weights()), 2))
+
+
+def test_hybrid_shares_storage_and_sees_each_update(config: Config, tmp_path: Path) -> None:
+    worker = HybridWorker(config, tmp_path)
+    ready(worker)
+    finished = decode(worker, [RolloutRequest(i, 0, 0) for i in range(4)])
+    before = {name: p.data_ptr() for name, p in worker.engine.model.named_parameters()}
+    old = worker.engine.model.embed.weight.clone()
+    stats = asyncio.run(worker.update(batch_of(finished))).to_dict()
+    ref = asyncio.run(worker.export_weights())
+    assert (ref.handle, ref.num_bytes) == (None, 0)
+    assert {name: p.data_ptr() for name, p in worker.trainer.model.named_parameters()} == before
+    assert not torch.equal(worker.engine.model.embed.weight, old)
+    assert stats["mismatch/logprob_diff_max"] < 1e-4
+    assert stats["train/grad_norm"] > 0
+
+
+def test_a_reward_that_raises_or_is_nan_is_an_error_not_a_zero(config: Config) -> None:
+    generator, rewarder = GenerateWorker(config), RewardWorker(config)
+    ready(generator)
+    ready(rewarder)
+    finished = decode(generator, [RolloutRequest(0, 0, 0), RolloutRequest(1, 1, 1)])
+    scores = asyncio.run(rewarder.score(finished))
+    assert [(score.reward, score.error) for score in scores] == [(0.5, None), (0.0, "ValueError: no c")]
+    held_out = asyncio.run(rewarder.score(asyncio.run(generator.evaluate([0])), held_out=True))
+    assert held_out[0].error == "the reward was nan"
+
+
+def test_references_of_failed_rewards_weigh_nothing(config: Config, tmp_path: Path) -> None:
+    worker = HybridWorker(config, tmp_path)
+    ready(worker)
+    batch = batch_of(decode(worker, [RolloutRequest(0, 0, 0)]))
+    failed = [BatchRow(Ref(row.ref.handle), *row_values(row)) for row in batch.rows]
+    old = worker.trainer.model.embed.weight.clone()
+    config.training.weight_decay = 0.0
+    asyncio.run(worker.update(Batch(failed, 0, num_tokens=0, num_rollouts=0)))
+    assert torch.allclose(worker.trainer.model.embed.weight, old, atol=1e-6, rtol=2e-4)
+
+
+def row_values(row: BatchRow) -> tuple[object, ...]:
+    return (row.row, row.rollout, row.group, row.prompt, row.prompt_length, row.length, 0.0, 0.0, "broken")
