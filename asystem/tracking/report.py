@@ -100,7 +100,8 @@ def _headline(summary: dict[str, Any]) -> str:
         for label, value in facts
         if value
     )
-    return f'<div class="dim">asystem run, {escape(str(summary.get("status", "running")))}</div><div class="facts">{cards}</div>'
+    status = escape(str(summary.get("status", "running")))
+    return f'<div class="dim">asystem run, {status}</div><div class="facts">{cards}</div>'
 
 
 _COUNTS = (("optimizer steps", "steps"), ("tokens generated", "tokens_generated"), ("tokens trained", "tokens_trained"))
@@ -117,7 +118,9 @@ def _curves(run_dir: Path) -> str:
     charts = []
     for title, wanted, bounds in CHARTS:
         shown = [name for pattern in wanted for name in names if _matches(name, pattern)]
-        curves = {name: [(row["step"], row[name]) for row in rows if name in row] for name in shown}
+        curves = {
+            name: [(row["step"], row[name]) for row in rows if name in row and _is_shown(row, name)] for name in shown
+        }
         charts.append(line_chart(title, curves, bounds))
     return f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>'
 
@@ -220,6 +223,11 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", "null" if value is None else value
+
+
+def _is_shown(row: dict[str, Any], name: str) -> bool:
+    """Step 0 is the start and the warm-up: its accuracy counts, its times would hide those of all steps."""
+    return bool(row["step"] > 0) or name.startswith("eval/")
 
 
 def _matches(name: str, pattern: str) -> bool:

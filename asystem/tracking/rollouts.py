@@ -23,7 +23,7 @@ class RolloutWriter:
         self._folder, self._rank = folder, rank
         folder.mkdir(parents=True, exist_ok=True)
         self._queue: queue.Queue[tuple[int, list[dict[str, Any]]] | None] = queue.Queue(QUEUED_STEPS)
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="rollout-writer", daemon=True)
         self._thread.start()
 
@@ -31,7 +31,7 @@ class RolloutWriter:
         """Hands a step's rollouts over; ``step`` goes first in each. Waits only if many steps are still unwritten.
 
         Raises:
-            OSError: an earlier step could not be written.
+            Exception: what kept an earlier step from being written, such as a full disk.
         """
         self._check()
         self._queue.put((step, list(records)))
@@ -40,7 +40,7 @@ class RolloutWriter:
         """Returns when all that was handed over is on disk.
 
         Raises:
-            OSError: something could not be written.
+            Exception: what kept something from being written.
         """
         self._queue.join()
         self._check()
@@ -58,7 +58,7 @@ class RolloutWriter:
             try:
                 text = "".join(_line({"step": step} | record) for record in records)
                 (self._folder / f"step-{step:06d}-rank{self._rank}.jsonl").write_text(text, encoding="utf-8")
-            except OSError as error:
+            except Exception as error:  # for the next call: training shall hear of it, and nobody wait for ever
                 self._error = error
             finally:
                 self._queue.task_done()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,7 +142,7 @@ class Tracker:
         try:
             return write_report(self.run_dir)
         except Exception as error:
-            warnings.warn(f"report.html was not written: {error!r}", RuntimeWarning, stacklevel=2)
+            logging.getLogger("asystem").warning("report.html was not written: %r", error)
             return self.run_dir
 
 

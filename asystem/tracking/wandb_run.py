@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import netrc
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 from urllib.parse import urlparse
 
 from asystem.config import WandbMode
@@ -31,7 +31,8 @@ def check_wandb(mode: WandbMode) -> None:
 
 def is_installed() -> bool:
     """Whether wandb can be imported."""
-    return importlib.util.find_spec("wandb") is not None
+    spec = importlib.util.find_spec("wandb")
+    return spec is not None and spec.origin is not None  # a folder wandb/ beside the run is no package
 
 
 def has_key() -> bool:
@@ -46,6 +47,14 @@ def has_key() -> bool:
         return False
 
 
+def choose(mode: WandbMode) -> str:
+    """What `auto` means here: W&B's own `WANDB_MODE` where it is set, else online with a key, offline without."""
+    if mode is not WandbMode.auto:
+        return mode.value
+    asked = os.environ.get("WANDB_MODE", "")
+    return asked if asked in ("online", "offline", "disabled") else "online" if has_key() else "offline"
+
+
 class WandbRun:
     """One W&B run, or none: after `disabled`, or once something has failed, its methods do nothing."""
 
@@ -56,20 +65,22 @@ class WandbRun:
             ConfigError: W&B was asked for by name (`offline`, `online`) and cannot start.
         """
         self._run: Any = None
-        if mode is WandbMode.disabled:
+        if choose(mode) == "disabled":
             return
         check_wandb(mode)
         if mode is WandbMode.auto and not is_installed():
             _warn("not installed, metrics stay in metrics.jsonl (pip install wandb, or set tracking=none)")
             return
-        names = {"name": f"{recipe}-{run_dir.name}", "group": recipe, "project": project}
-        try:
-            self._run = _begin("online" if mode is not WandbMode.offline and has_key() else "offline", run_dir, names)
-        except Exception as error:
-            if mode is not WandbMode.auto:
-                raise ConfigError(f"tracking.wandb={mode.value}: W&B did not start: {error}") from error
-            _warn(f"did not start, the run goes on without it: {error}")
-        self._guard(lambda run: run.config.update(dict(config)))
+        facts = {"name": f"{recipe}-{run_dir.name}", "group": recipe, "project": project, "config": dict(config)}
+        chosen = choose(mode)
+        for attempt in (chosen, "offline") if mode is WandbMode.auto and chosen == "online" else (chosen,):
+            try:
+                self._run = _begin(attempt, run_dir, facts)
+                return
+            except Exception as error:
+                if mode is not WandbMode.auto:
+                    raise ConfigError(f"tracking.wandb={mode.value}: W&B did not start: {error}") from error
+                _warn(f"did not start {attempt}: {error}")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One point of every curve."""
@@ -91,12 +102,12 @@ class WandbRun:
             _warn(f"failed, the run goes on without it: {error}")
 
 
-def _begin(mode: Literal["online", "offline"], run_dir: Path, names: Mapping[str, Any]) -> Any:
+def _begin(mode: str, run_dir: Path, facts: Mapping[str, Any]) -> Any:
     import wandb
 
     settings = wandb.Settings(silent=True, console="off", x_disable_meta=True, init_timeout=INIT_SECONDS)
-    return wandb.init(dir=run_dir, mode=mode, settings=settings, reinit="create_new", **names)
+    return wandb.init(dir=run_dir, mode=cast(Any, mode), settings=settings, reinit="create_new", **facts)
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"W&B {' '.join(text.split())}", RuntimeWarning, stacklevel=3)
+    logging.getLogger("asystem").warning("W&B %s", " ".join(text.split()))
