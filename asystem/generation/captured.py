@@ -13,10 +13,11 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_attention
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
+from asystem.generation.kernels.linear import is_skinny, linear
 from asystem.generation.kernels.sampling import draw
 from asystem.generation.kv_cache import KVCache
 from asystem.generation.rows import FULL, RUNNING, STOPPED, Rows
@@ -109,8 +110,9 @@ class CapturedRunner:
         )  # fmt: skip
         for block, norm in zip(blocks, norms[1:], strict=True):
             attended = self._attend(block, hidden, batch, shared)
-            hidden = add_rms_norm(x, block.attn.o_proj(attended), block.mlp_norm.weight, block.mlp_norm.eps)
-            product = block.mlp.down_proj(swiglu(block.mlp.gate_up_proj(hidden)))
+            product = _project(block.attn.o_proj, attended)
+            hidden = add_rms_norm(x, product, block.mlp_norm.weight, block.mlp_norm.eps)
+            product = _project(block.mlp.down_proj, _gated(block.mlp.gate_up_proj, hidden))
             hidden = add_rms_norm(x, product, norm.weight, norm.eps)
         logits = torch.nn.functional.linear(hidden, model.head_weight())
         if truncated:
@@ -121,7 +123,7 @@ class CapturedRunner:
     def _attend(self, block: Block, hidden: Tensor, batch: int, shared: bool) -> Tensor:
         attn, table, lengths = block.attn, self.rows.table[:batch], self._lengths[:batch]
         keys, values = self.cache.data[block.index]
-        qkv = attn.qkv_proj(hidden)
+        qkv = _project(attn.qkv_proj, hidden)
         q_norm, k_norm = attn.q_norm, attn.k_norm
         rotary_write(
             qkv, None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
@@ -155,6 +157,21 @@ class CapturedRunner:
         rows.done[used] = torch.where(active, done, rows.done[used])
 
 
+def _project(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), by the kernel for few rows where that is quicker."""
+    if isinstance(module, nn.Linear) and is_skinny(x, module.weight):
+        return linear(x, module.weight, module.bias)
+    out: Tensor = module(x)
+    return out
+
+
+def _gated(module: nn.Module, x: Tensor) -> Tensor:
+    """silu(gate) * up of the fused projection."""
+    if isinstance(module, nn.Linear) and module.bias is None and is_skinny(x, module.weight):
+        return linear(x, module.weight, swiglu=True)
+    return swiglu(module(x))
+
+
 class _CrowdTable:
     """The crowds of the running batch, found anew whenever rows joined, left or moved."""
 
@@ -185,11 +202,12 @@ class _CrowdTable:
         return self._worthwhile
 
     def _write(self, found: list[tuple[list[int], int]]) -> None:
-        members, shared, skip = (np.zeros(x.shape, np.int32) for x in (self._all.rows, self._all.shared, self._all.skip))
+        everything = (self._all.rows, self._all.shared, self._all.skip)
+        members, shared, skip = (np.zeros(x.shape, np.int32) for x in everything)
         members[:] = -1
         for place, (rows, tokens) in enumerate(found):
             members[place, : len(rows)], shared[place], skip[rows] = rows, tokens, tokens
-        for tensor, array in zip((self._all.rows, self._all.shared, self._all.skip), (members, shared, skip), strict=True):
+        for tensor, array in zip(everything, (members, shared, skip), strict=True):
             tensor.copy_(torch.from_numpy(array))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from asystem.config import BudgetCounts, GenerationConfig
-from asystem.errors import ConfigError, DataError, CapacityError
+from asystem.errors import CapacityError, ConfigError, DataError
 from asystem.generation.blocks import BlockPool
 from asystem.generation.kv_cache import KVCache
 from asystem.generation.rows import FINISH, RUNNING, Rows
@@ -295,9 +295,7 @@ class Engine:
         self._truncated = any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params)
 
 
-def _runner(
-    config: GenerationConfig, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int]
-) -> Runner:
+def _runner(config: GenerationConfig, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int]) -> Runner:
     """Captured decode steps where the device can run them, else eager ones."""
     if config.graphs and rows.device.type == "cuda" and torch.cuda.get_device_capability(rows.device) >= (8, 0):
         from asystem.generation.captured import CapturedRunner  # needs Triton, which CPU builds of torch lack

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from asystem.generation.kernels.launch import overlaps
+
 CROWD = 8  # rows that read a shared prefix together
 
 
@@ -47,8 +49,12 @@ def _attend_kernel(
     q_stride, table_stride, num_rows, scale,
     SPLITS: tl.constexpr, CROWD_SPLITS: tl.constexpr, CROWDS: tl.constexpr, CROWD: tl.constexpr,
     GROUP: tl.constexpr, M: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, N: tl.constexpr, DIRECT: tl.constexpr, IEEE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, N: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     kv_head, item = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, M)
     # Crowds come first: theirs are the longest programs.
@@ -93,20 +99,14 @@ def _attend_kernel(
         tile = source[:, None] + columns[None, :]
         tile_mask = inside[:, None] & column_mask[None, :]
         key = tl.load(keys + tile, mask=tile_mask, other=0.0)
-        if IEEE:
-            score = tl.dot(query, tl.trans(key), input_precision="ieee")
-        else:
-            score = tl.dot(query, tl.trans(key))
+        score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         score = tl.where(inside[None, :], score * scale, -1.0e30)
         new_peak = tl.maximum(peak, tl.max(score, 1))
         weight = tl.exp2(score - new_peak[:, None])
         fade = tl.exp2(peak - new_peak)
         total = total * fade + tl.sum(weight, 1)
         value = tl.load(values + tile, mask=tile_mask, other=0.0)
-        if IEEE:
-            acc = acc * fade[:, None] + tl.dot(weight, value, input_precision="ieee")
-        else:
-            acc = acc * fade[:, None] + tl.dot(weight.to(value.dtype), value)
+        acc = acc * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
         peak = new_peak
     place = member.to(tl.int64) * (KV_HEADS * GROUP) + head
     if DIRECT:
@@ -123,8 +123,11 @@ def _attend_kernel(
 def _join_kernel(
     lengths, skip, out, part_acc, part_sum, part_max, num_rows,
     SPLITS: tl.constexpr, CROWD_SPLITS: tl.constexpr, HEADS: tl.constexpr,
-    HEADS_PAD: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, N: tl.constexpr,
+    HEADS_PAD: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, N: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     stop = tl.load(lengths + row)
     if stop == 0:
@@ -161,12 +164,13 @@ def _join_kernel(
 
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, num_heads: int, *,
-    splits: int = 1, crowds: Crowds | None = None, crowd_splits: int = 1, tiling: Tiling = Tiling(),  # noqa: B008
+    splits: int = 1, crowds: Crowds | None = None, crowd_splits: int = 1, tiling: Tiling = Tiling(),
 ) -> Tensor:  # fmt: skip
     """Attention of one token a row over its cached keys and values, its own included.
 
     Args:
-        q: [B, at least Hq * d], the heads first; only its rows' stride is free. keys, values: [blocks, Hk, block_size, d].
+        q: [B, at least Hq * d], the heads first; only its rows' stride is free.
+        keys, values: [blocks, Hk, block_size, d].
         table: [B, M] int64. lengths: [B] int32, tokens to attend to; a row with 0 is left unwritten.
         splits: parts that each row's own keys are cut into; more of them keep a device busy with few rows.
         crowds: rows that share a prefix; None = each row reads all of its own. crowd_splits: parts of each prefix.
@@ -189,18 +193,20 @@ def decode_attention(
         total, peak = torch.empty(2, parts, rows, num_heads, dtype=torch.float32, device=q.device).unbind()
     skip, members, shared = (lengths,) * 3 if crowds is None else (crowds.skip, crowds.rows, crowds.shared)
     lanes = max(16, triton.next_power_of_2(group * (1 if crowds is None else CROWD)))
-    pad = triton.next_power_of_2(head)
+    pad, overlap = triton.next_power_of_2(head), overlaps(q.device)
     _attend_kernel[(kv_heads, num_crowds * crowd_splits + rows * splits)](
         q, keys, values, table, lengths, skip, members, shared, out, acc, total, peak,
         q.stride(0), table.stride(0), rows, head**-0.5 * 1.4426950408889634,
         SPLITS=splits, CROWD_SPLITS=crowd_splits, CROWDS=num_crowds, CROWD=CROWD, GROUP=group, M=lanes,
         KV_HEADS=kv_heads, HEAD=head, HEAD_PAD=pad, BLOCK_SIZE=block_size, N=tiling.keys, DIRECT=direct,
-        IEEE=q.dtype == torch.float32, num_warps=tiling.warps, num_stages=tiling.stages,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # it only concerns float32
+        OVERLAP=overlap, num_warps=tiling.warps, num_stages=tiling.stages, launch_pdl=overlap,
     )  # fmt: skip
     if not direct:
         heads_pad = min(4, triton.next_power_of_2(num_heads))
         _join_kernel[(rows, triton.cdiv(num_heads, heads_pad))](
             lengths, skip, out, acc, total, peak, rows, SPLITS=splits, CROWD_SPLITS=crowd_splits,
-            HEADS=num_heads, HEADS_PAD=heads_pad, HEAD=head, HEAD_PAD=pad, N=tiling.keys, num_warps=2,
+            HEADS=num_heads, HEADS_PAD=heads_pad, HEAD=head, HEAD_PAD=pad, N=tiling.keys, OVERLAP=overlap,
+            num_warps=2, launch_pdl=overlap,
         )  # fmt: skip
     return out

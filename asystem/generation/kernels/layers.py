@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from asystem.generation.kernels.launch import overlaps
+
 _HEADS = 8  # heads that one program normalises and rotates
 
 
@@ -57,7 +59,10 @@ def embed(
 
 
 @triton.jit
-def _add_rms_norm_kernel(x, y, weight, out, size, eps, SIZE: tl.constexpr):
+def _add_rms_norm_kernel(x, y, weight, out, size, eps, SIZE: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     columns = tl.arange(0, SIZE)
     mask = columns < size
@@ -75,12 +80,18 @@ def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x += y in place, then RMSNorm of x: x, y [B, D], weight [D] -> [B, D]."""
     rows, size = x.shape
     out, padded = torch.empty_like(x), triton.next_power_of_2(size)
-    _add_rms_norm_kernel[(rows,)](x, y, weight, out, size, eps, SIZE=padded, num_warps=_warps(padded))
+    overlap = overlaps(x.device)
+    _add_rms_norm_kernel[(rows,)](
+        x, y, weight, out, size, eps, SIZE=padded, OVERLAP=overlap, num_warps=_warps(padded), launch_pdl=overlap
+    )
     return out
 
 
 @triton.jit
-def _swiglu_kernel(gate_up, out, size, BLOCK: tl.constexpr):
+def _swiglu_kernel(gate_up, out, size, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < size
@@ -95,7 +106,10 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up: [B, 2 * I], the gate's half first -> [B, I]."""
     rows, size = gate_up.shape[0], gate_up.shape[1] // 2
     out, block = gate_up.new_empty(rows, size), 1024
-    _swiglu_kernel[(triton.cdiv(size, block), rows)](gate_up, out, size, BLOCK=block, num_warps=4)
+    overlap = overlaps(gate_up.device)
+    _swiglu_kernel[(triton.cdiv(size, block), rows)](
+        gate_up, out, size, BLOCK=block, OVERLAP=overlap, num_warps=4, launch_pdl=overlap
+    )
     return out
 
 
@@ -103,8 +117,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def _rotary_write_kernel(
     qkv, q_weight, k_weight, cos, sin, lengths, table, keys, values, table_stride, eps,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(1)
     length = tl.load(lengths + row)
     if length == 0:
@@ -157,11 +174,11 @@ def rotary_write(
     """
     _, kv_heads, block_size, head = keys.shape
     norm = q_weight is not None
-    total = num_heads + 2 * kv_heads
+    total, overlap = num_heads + 2 * kv_heads, overlaps(qkv.device)
     _rotary_write_kernel[(triton.cdiv(total, _HEADS), len(qkv))](
         qkv, q_weight if norm else qkv, k_weight if norm else qkv, cos, sin, lengths, table, keys, values,
         table.stride(0), eps, Q_HEADS=num_heads, KV_HEADS=kv_heads, HEAD=head, HALF=triton.next_power_of_2(head // 2),
-        BLOCK_SIZE=block_size, NORM=norm, HEADS=_HEADS, num_warps=2,
+        BLOCK_SIZE=block_size, NORM=norm, HEADS=_HEADS, OVERLAP=overlap, num_warps=2, launch_pdl=overlap,
     )  # fmt: skip
 
 

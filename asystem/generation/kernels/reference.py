@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,9 +39,7 @@ def rotary_write(
         heads[row, :num_heads] = rotate(q, cos[length - 1], sin[length - 1])
 
 
-def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, num_heads: int
-) -> Tensor:
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, num_heads: int) -> Tensor:
     """See `attention.decode_attention`; in float32 inside, zeros for rows of length 0."""
     _, kv_heads, block_size, head = keys.shape
     out = q.new_zeros(len(q), num_heads, head)

@@ -26,7 +26,10 @@ def _chunk_kernel(
     heat = tl.load(temperature + row)
     heat = tl.where(heat == 0, 1.0, heat)
     token = chunk * CHUNK + tl.arange(0, CHUNK)
-    x = tl.load(logits + row.to(tl.int64) * vocab + token, mask=token < vocab, other=-float("inf")).to(tl.float32) / heat
+    x = (
+        tl.load(logits + row.to(tl.int64) * vocab + token, mask=token < vocab, other=-float("inf")).to(tl.float32)
+        / heat
+    )
     peak = tl.max(x, 0)
     total = tl.sum(tl.exp(x - tl.where(peak == -float("inf"), 0.0, peak)), 0)
     tl.store(peaks + row * chunks + chunk, peak)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asystem.config import BudgetCounts, GenerationConfig
-from asystem.errors import ConfigError, DataError, CapacityError
+from asystem.errors import CapacityError, ConfigError, DataError
 from asystem.generation import Engine, EngineRequest
 from asystem.generation.runner import EagerRunner, StepContext
 from asystem.models import Decoder, ModelSpec, PackedAttention, init_weights

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from asystem.generation.kernels import reference
 from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_attention
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
+from asystem.generation.kernels.linear import linear
 from asystem.generation.kernels.sampling import draw
 from asystem.generation.rows import FULL, RUNNING, STOPPED, Rows
 from asystem.generation.sampler import sample, stream_key, uniform
@@ -120,6 +121,18 @@ def test_norms_and_swiglu(dtype: torch.dtype, size: int, device: torch.device) -
     assert_close(got_x, want_x)
     gate_up = torch.randn(3, 2 * size, device=device, dtype=dtype)
     assert_close(swiglu(gate_up), reference.swiglu(gate_up))
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize(("size", "n"), [(96, 64), (1024, 200), (5000, 36)])
+def test_linear_of_few_rows(dtype: torch.dtype, batch: int, size: int, n: int, device: torch.device) -> None:
+    x = torch.randn(batch, size, device=device, dtype=dtype)
+    weight = torch.randn(n, size, device=device, dtype=dtype) * size**-0.5
+    bias = torch.randn(n, device=device, dtype=dtype)
+    assert_close(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    want = reference.swiglu(torch.nn.functional.linear(x, weight))
+    assert_close(linear(x, weight, swiglu=True), want)
 
 
 def test_embed_masks_rows_that_stand_still(device: torch.device) -> None:

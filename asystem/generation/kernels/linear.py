@@ -1,0 +1,80 @@
+"""Matrix products of very few rows: bound by reading the weight once, where cuBLAS leaves bandwidth unused."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from asystem.generation.kernels.launch import overlaps
+
+MOST_ROWS = 4  # beyond, a library's product on the matrix units is as good
+_ELEMENTS = 8192  # of products that one program holds
+_MOST_K = 4096  # of the inner size at a time
+_MOST_OUT = 1 << 15  # larger outputs (the head) reach the bandwidth in cuBLAS too
+
+
+@triton.jit
+def _skinny_kernel(
+    x, weight, bias, out, n, k,
+    BATCH: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, SWIGLU: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, K)
+    batch = tl.arange(0, BATCH)
+    place = row[:, None].to(tl.int64) * k + column[None, :]
+    mask = (row < n)[:, None] & (column < k)[None, :]
+    first = tl.load(weight + place, mask=mask, other=0.0)
+    second = first
+    if SWIGLU:
+        second = tl.load(weight + n.to(tl.int64) * k + place, mask=mask, other=0.0)
+    # No kernel of the step writes weights: they are on their way before the input is there.
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    source = x + batch[:, None] * k + column[None, :]
+    value = tl.load(source, mask=(column < k)[None, :], other=0.0).to(tl.float32)[:, None, :]
+    total = tl.sum(value * first.to(tl.float32)[None, :, :], 2)
+    up = total
+    if SWIGLU:
+        up = tl.sum(value * second.to(tl.float32)[None, :, :], 2)
+    for start in range(K, k, K):
+        there = (column < k - start)[None, :]
+        value = tl.load(source + start, mask=there, other=0.0).to(tl.float32)[:, None, :]
+        first = tl.load(weight + place + start, mask=mask & there, other=0.0)
+        total += tl.sum(value * first.to(tl.float32)[None, :, :], 2)
+        if SWIGLU:
+            second = tl.load(weight + n.to(tl.int64) * k + place + start, mask=mask & there, other=0.0)
+            up += tl.sum(value * second.to(tl.float32)[None, :, :], 2)
+    if BIAS:
+        total += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)[None, :]
+    if SWIGLU:
+        # Rounded where the model rounds: after the product, and after silu.
+        gate = total.to(out.dtype.element_ty).to(tl.float32)
+        silu = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
+        total = silu * up.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + batch[:, None] * n + row[None, :], total.to(out.dtype.element_ty), mask=(row < n)[None, :])
+
+
+def is_skinny(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` is the quick way for x [B, K] and weight [N, K]."""
+    return len(x) in (1, 2, MOST_ROWS) and weight.shape[0] <= _MOST_OUT
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, swiglu: bool = False) -> Tensor:
+    """x [B, K] times weight [N, K] transposed, plus bias [N]; B a power of two.
+
+    Args:
+        swiglu: weight holds gate and up, N / 2 rows each, and the result is silu(gate) * up, [B, N / 2].
+    """
+    (batch, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
+    out = x.new_empty(batch, n)
+    block = min(triton.next_power_of_2(k), _MOST_K)
+    rows = max(1, _ELEMENTS // (batch * block * (2 if swiglu else 1)))
+    overlap = overlaps(x.device)
+    _skinny_kernel[(triton.cdiv(n, rows),)](
+        x, weight, weight if bias is None else bias, out, n, k, BATCH=batch, ROWS=rows, K=block,
+        BIAS=bias is not None, SWIGLU=swiglu, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+    )  # fmt: skip
+    return out
