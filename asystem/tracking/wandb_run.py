@@ -50,7 +50,7 @@ def has_key() -> bool:
 def choose(mode: WandbMode) -> str:
     """What `auto` means here: W&B's own `WANDB_MODE` where it is set, else online with a key, offline without."""
     if mode is not WandbMode.auto:
-        return mode.value
+        return mode.name
     asked = os.environ.get("WANDB_MODE", "")
     return asked if asked in ("online", "offline", "disabled") else "online" if has_key() else "offline"
 
