@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from asystem.config import RuntimeConfig
 from asystem.errors import ConfigError, WorkerError, WorkerTimeout
+from asystem.spmd.host import NODE_VARIABLE
 from asystem.spmd.runtimes.cluster import NODE_RESOURCE, new_temp_dir, remove_temp_dir, token_environment
 
 if TYPE_CHECKING:
@@ -151,7 +152,12 @@ class _Node:
         command += [f"--resources={json.dumps({f'{NODE_RESOURCE}{self.rank}': 1})}"]
         with log.open("wb") as output:
             self._ray = subprocess.Popen(
-                command, stdout=output, stderr=output, start_new_session=True, preexec_fn=_die_with_parent()
+                command,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=_die_with_parent(),
+                env=os.environ | {NODE_VARIABLE: str(self.rank)},
             )
         self._wait_until(lambda: b"Ray runtime started" in log.read_bytes(), self.rank, "start", log)
 

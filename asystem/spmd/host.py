@@ -71,11 +71,20 @@ class Reply:
     end: float = 0.0
 
 
+NODE_VARIABLE = "ASYSTEM_NODE"  # set in the processes of a bootstrapped cluster: the rank of their node
+
+
+def host_name() -> str:
+    """This machine, with the rank of its node where there are several."""
+    node = os.environ.get(NODE_VARIABLE)
+    return socket.gethostname() if node is None else f"{socket.gethostname()} (node {node})"
+
+
 @dataclass(frozen=True, slots=True)
 class Whereabouts:
     """Where a rank runs. ``stderr`` is the file that its error output goes to, if any."""
 
-    host: str = field(default_factory=socket.gethostname)
+    host: str = field(default_factory=host_name)
     pid: int = field(default_factory=os.getpid)
     stderr: str = ""
 

@@ -15,21 +15,21 @@ PROGRAM = Path(__file__).with_name("torchrun_program.py")
 ROOT = PROGRAM.parents[2]
 
 
-def torchrun(output: Path, *arguments: str) -> list[subprocess.Popen[str]]:
+def start(command: list[str], **variables: str) -> list[subprocess.Popen[str]]:
+    """One process a node, as two machines would have it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        variables["MASTER_PORT"] = str(probe.getsockname()[1])
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"PYTHONPATH": f"{ROOT}:{environment.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run"]
-    command += ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    environment |= {"NNODES": "2", "PYTHON": sys.executable} | variables
     return [
         subprocess.Popen(
-            [*command, f"--node-rank={node}", str(PROGRAM), str(output), *arguments],
+            command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=environment,
+            env=environment | {"NODE_RANK": str(node)},
         )
         for node in range(2)
     ]
@@ -59,32 +59,52 @@ def ray_processes(folder_of: Path) -> list[str]:
 
 
 @pytest.fixture
-def output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ASYSTEM_TEST", str(tmp_path))
-    return tmp_path / "output.json"
+    return tmp_path
 
 
-def test_two_nodes_form_a_cluster_and_groups_are_spread_over_them(output: Path) -> None:
-    nodes = torchrun(output)
-    texts = finish(nodes, 120)
+def test_five_steps_with_generation_on_one_node_and_training_on_the_other(folder: Path) -> None:
+    run = folder / "the run"
+    overrides = ["recipe=quickstart", "placement.spread=true", "steps=5", "training.warmup.steps=2", "tracking=none"]
+    overrides += ["tracking.timeline=true", "evaluation.prompts=16", "rollout.token_budget=200", f"run_dir='{run}'"]
+    nodes = start([str(ROOT / "launch" / "torchrun.sh"), *overrides])
+    texts = finish(nodes, 240)
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(texts)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 3, 4, 5]
+    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+    names = _thread_names(run / "timeline.json")
+    assert names["trainers"].endswith("(node 1)")
+    assert names["generators"].endswith("(node 0)")
+    assert ray_processes(folder) == []
+
+
+def _thread_names(timeline: Path) -> dict[str, str]:
+    events = json.loads(timeline.read_text())["traceEvents"]
+    named = [event for event in events if event["ph"] == "M"]
+    groups = {event["pid"]: event["args"]["name"] for event in named if event["name"] == "process_name"}
+    return {groups[event["pid"]]: event["args"]["name"] for event in named if event["name"] == "thread_name"}
+
+
+def test_all_nodes_end_when_one_is_killed(folder: Path) -> None:
+    output = folder / "output.json"
+    options = ["--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+    command = f'exec "$PYTHON" -m torch.distributed.run {" ".join(options)} '
+    command += f'--master-port=$MASTER_PORT --node-rank=$NODE_RANK "{PROGRAM}" "{output}"'
+    nodes = start(["sh", "-c", command])
+    try:
+        end = time.monotonic() + 120
+        while not output.exists() and time.monotonic() < end:
+            time.sleep(0.2)
+        os.kill(int((folder / "pid1").read_text()), signal.SIGKILL)
+    finally:
+        texts = finish(nodes, 120)
+    assert all(node.returncode not in (0, None) for node in nodes), "\n".join(texts)
+    assert "WorkerError" in texts[0]
     seen = json.loads(output.read_text())
     assert seen["sums"] == [[3.0, 3.0], [3.0, 3.0]]
     trainers, generators = seen["nodes"]
     assert len(set(trainers)) == len(set(generators)) == 1  # a group stays together
     assert trainers[0] != generators[0]
-    assert ray_processes(output.parent) == []
-
-
-def test_all_nodes_end_when_one_is_killed(output: Path) -> None:
-    nodes = torchrun(output, "stay")
-    try:
-        end = time.monotonic() + 90
-        while not output.exists() and time.monotonic() < end:
-            time.sleep(0.2)
-        os.kill(int((output.parent / "pid1").read_text()), signal.SIGKILL)
-    finally:
-        texts = finish(nodes, 90)
-    assert all(node.returncode not in (0, None) for node in nodes), "\n".join(texts)
-    assert "WorkerError" in texts[0]
-    assert ray_processes(output.parent) == []
+    assert ray_processes(folder) == []

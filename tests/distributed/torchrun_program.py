@@ -1,6 +1,5 @@
 """What `test_torchrun.py` runs on each node: two groups of two ranks, spread, and then what the arguments say.
 
-torchrun_program.py OUTPUT [stay]
 """
 
 import asyncio
@@ -37,21 +36,22 @@ class Member(Worker):
         time.sleep(300)
 
 
-async def talk(output: Path, groups: list[Member], stay: bool) -> None:
+async def talk(output: Path, groups: list[Member]) -> None:
     nodes = [await group.node() for group in groups]
-    output.write_text(json.dumps({"nodes": nodes, "sums": [await group.reduce() for group in groups]}))
-    if stay:
-        await groups[0].sleep()
+    report = json.dumps({"nodes": nodes, "sums": [await group.reduce() for group in groups]})
+    output.with_suffix(".part").write_text(report)
+    output.with_suffix(".part").rename(output)
+    await groups[0].sleep()
 
 
 def main() -> None:
-    output, stay = Path(sys.argv[1]), sys.argv[2:] == ["stay"]
+    output = Path(sys.argv[1])
     (output.parent / f"pid{os.environ['RANK']}").write_text(str(os.getpid()))
     with bootstrap(RuntimeConfig(), lost_seconds=8) as is_controller:
         if is_controller:
             with make_runtime(RuntimeConfig(), PlacementConfig(spread=True)) as runtime:
                 groups = [spawn(Member, name=name, ranks=2, runtime=runtime) for name in ("trainers", "generators")]
-                asyncio.run(talk(output, groups, stay))
+                asyncio.run(talk(output, groups))
 
 
 if __name__ == "__main__":
