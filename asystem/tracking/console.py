@@ -85,13 +85,14 @@ class LiveConsole:
 
     def __init__(self, title: str, steps: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.table import Column
 
+        width = 2 * len(str(steps)) + 1  # on a narrow terminal the figures are cut, not the count
         self._progress = Progress(
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[figures]}", markup=False),
-            TextColumn("{task.fields[phase]}", markup=False, style="dim"),
+            BarColumn(bar_width=20, table_column=Column(min_width=20)),
+            MofNCompleteColumn(table_column=Column(min_width=width)),
+            TimeElapsedColumn(table_column=Column(min_width=7)),
+            TextColumn("{task.fields[figures]}\n{task.fields[phase]}", markup=False),
         )
         self._progress.console.print(title, markup=False, highlight=False)
         self._progress.start()

@@ -86,7 +86,8 @@ class Tracker:
     def progress(self, *, tokens: int, phase: str, in_flight: int = 0) -> None:
         """Shows what goes on between two steps. ``tokens`` counts all that the run has generated."""
         self._tokens = max(self._tokens, tokens)
-        rate = (self._tokens - self._logged_tokens) / max(time.time() - self._logged, 1e-9)
+        seconds = time.time() - self._logged
+        rate = (self._tokens - self._logged_tokens) / seconds if seconds > 0.5 else 0.0  # too soon to tell before
         figures = [phase]
         figures += [f"{in_flight} in flight"] if in_flight else []
         figures += [f"{rate:,.0f} tokens/s"] if rate else []
