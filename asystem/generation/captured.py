@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from asystem.models.decoder import Block, Decoder
 
 _PROGRAMS_PER_SM = 8  # attention is split until so many programs a multiprocessor can run
 _MIN_SHARED = 0.1  # share of all cached tokens that crowds must save, to be worth a second attention launch
+_PREFIX_PART = 256  # tokens of a shared prefix that one program reads
 _TILING = Tiling(keys=64, warps=4, stages=3)
 
 
@@ -51,7 +53,7 @@ class CapturedRunner:
         self._cos, self._sin = model.rotary(torch.arange(max_length, device=device))
         self._crowds = _CrowdTable(num_rows, device)
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, _Sharing], torch.cuda.CUDAGraph] = {}
         self._pool: tuple[int, int] | None = None
         self._addresses: list[int] = []
 
@@ -61,14 +63,14 @@ class CapturedRunner:
     def decode(self, steps: int, context: StepContext) -> None:
         with torch.cuda.device(self.rows.device):
             self._forget_moved_weights()
-            shared = self._crowds.refresh(self.rows, context.num_rows, self.cache.block_size)
+            sharing = self._crowds.refresh(self.rows, context.num_rows, self.cache.block_size)
             batch = _bucket(context.num_rows, len(self._lengths))
-            graph = None if context.truncated else self._graph(batch, shared)
+            graph = None if context.truncated else self._graph(batch, sharing)
             self._control[0].fill_(context.num_rows)
             self._control[1].fill_(context.version)
             for _ in range(steps):
                 if graph is None:  # sorting the vocabulary takes far longer than launching the step
-                    self._step(batch, shared, truncated=True)
+                    self._step(batch, sharing, truncated=True)
                 else:
                     graph.replay()
 
@@ -78,28 +80,28 @@ class CapturedRunner:
             self._graphs.clear()
             self._addresses = addresses
 
-    def _graph(self, batch: int, shared: bool) -> torch.cuda.CUDAGraph:
-        graph = self._graphs.get((batch, shared))
+    def _graph(self, batch: int, sharing: _Sharing) -> torch.cuda.CUDAGraph:
+        graph = self._graphs.get((batch, sharing))
         if graph is None:
-            graph = self._graphs[batch, shared] = self._capture(batch, shared)
+            graph = self._graphs[batch, sharing] = self._capture(batch, sharing)
         return graph
 
-    def _capture(self, batch: int, shared: bool) -> torch.cuda.CUDAGraph:
+    def _capture(self, batch: int, sharing: _Sharing) -> torch.cuda.CUDAGraph:
         """Records one step. It runs once before, with no row in use, so that kernels are compiled and loaded."""
         self._control.zero_()
         stream = torch.cuda.Stream(self.rows.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step(batch, shared, truncated=False)
+            self._step(batch, sharing, truncated=False)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads (a store, a profiler) may call CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._step(batch, shared, truncated=False)
+            self._step(batch, sharing, truncated=False)
         self._pool = self._pool or graph.pool()
         return graph
 
-    def _step(self, batch: int, shared: bool, truncated: bool) -> None:
+    def _step(self, batch: int, sharing: _Sharing, truncated: bool) -> None:
         """One token for rows 0..batch-1, as far as they are in use and have not ended."""
         model, rows, lengths = self.model, self.rows, self._lengths[:batch]
         blocks: list[Block] = list(model.layers)  # type: ignore[arg-type]
@@ -109,7 +111,7 @@ class CapturedRunner:
             norms[0].weight, norms[0].eps, lengths,
         )  # fmt: skip
         for block, norm in zip(blocks, norms[1:], strict=True):
-            attended = self._attend(block, hidden, batch, shared)
+            attended = self._attend(block, hidden, batch, sharing)
             product = _project(block.attn.o_proj, attended)
             hidden = add_rms_norm(x, product, block.mlp_norm.weight, block.mlp_norm.eps)
             product = _project(block.mlp.down_proj, _gated(block.mlp.gate_up_proj, hidden))
@@ -120,7 +122,7 @@ class CapturedRunner:
         else:
             draw(rows, logits, lengths, self._control, self._stops)
 
-    def _attend(self, block: Block, hidden: Tensor, batch: int, shared: bool) -> Tensor:
+    def _attend(self, block: Block, hidden: Tensor, batch: int, sharing: _Sharing) -> Tensor:
         attn, table, lengths = block.attn, self.rows.table[:batch], self._lengths[:batch]
         keys, values = self.cache.data[block.index]
         qkv = _project(attn.qkv_proj, hidden)
@@ -130,10 +132,9 @@ class CapturedRunner:
             0.0 if q_norm is None else q_norm.eps, self._cos, self._sin, lengths, table, keys, values, attn.num_heads,
         )  # fmt: skip
         splits = self._splits(batch * attn.num_kv_heads)
-        crowds = self._crowds.of(batch) if shared else None
         return decode_attention(
-            qkv, keys, values, table, lengths, attn.num_heads, splits=splits, crowds=crowds,
-            crowd_splits=self._splits(len(crowds.shared) * attn.num_kv_heads) if crowds else 1, tiling=_TILING,
+            qkv, keys, values, table, lengths, attn.num_heads, splits=splits,
+            crowds=self._crowds.of(batch, sharing), crowd_splits=sharing.splits, tiling=_TILING,
         )  # fmt: skip
 
     def _splits(self, programs: int) -> int:
@@ -172,34 +173,46 @@ def _gated(module: nn.Module, x: Tensor) -> Tensor:
     return swiglu(module(x))
 
 
+class _Sharing(NamedTuple):
+    """How a step reads shared prefixes; powers of two, so that few graphs serve all. 0 crowds = each row for itself."""
+
+    crowds: int  # places for them: programs that find theirs empty are not free
+    splits: int  # parts that each prefix is cut into
+
+
 class _CrowdTable:
     """The crowds of the running batch, found anew whenever rows joined, left or moved."""
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
+        places = _power(max(1, num_rows // 2))
         self._all = Crowds(
-            torch.full((max(1, num_rows // 2), CROWD), -1, dtype=torch.int32, device=device),
-            torch.zeros(max(1, num_rows // 2), dtype=torch.int32, device=device),
+            torch.full((places, CROWD), -1, dtype=torch.int32, device=device),
+            torch.zeros(places, dtype=torch.int32, device=device),
             torch.zeros(num_rows, dtype=torch.int32, device=device),
         )
         self._seen: tuple[int, int] | None = None
-        self._worthwhile = False
+        self._sharing = _Sharing(0, 1)
 
-    def of(self, batch: int) -> Crowds:
-        half = max(1, batch // 2)
-        return Crowds(self._all.rows[:half], self._all.shared[:half], self._all.skip[:batch])
+    def of(self, batch: int, sharing: _Sharing) -> Crowds | None:
+        if not sharing.crowds:
+            return None
+        places = slice(0, sharing.crowds)
+        return Crowds(self._all.rows[places], self._all.shared[places], self._all.skip[:batch])
 
-    def refresh(self, rows: Rows, num_rows: int, block_size: int) -> bool:
-        """Looks at the tables if need be; whether reading prefixes together saves enough."""
+    def refresh(self, rows: Rows, num_rows: int, block_size: int) -> _Sharing:
+        """Looks at the tables if need be, and decides whether reading prefixes together saves enough."""
         if self._seen == (rows.changes, num_rows):
-            return self._worthwhile
+            return self._sharing
         self._seen = (rows.changes, num_rows)
         table, position = rows.table[:num_rows].cpu().numpy(), rows.position[:num_rows].cpu().numpy()
         found = find_crowds(table, position, block_size)
         saved = sum(shared * (len(members) - 1) for members, shared in found)
-        self._worthwhile = saved >= _MIN_SHARED * (position + 1).sum()
-        if self._worthwhile:
+        self._sharing = _Sharing(0, 1)
+        if found and saved >= _MIN_SHARED * (position + 1).sum():
             self._write(found)
-        return self._worthwhile
+            longest = max(shared for _, shared in found)
+            self._sharing = _Sharing(_power(len(found)), min(16, _power(-(-longest // _PREFIX_PART))))
+        return self._sharing
 
     def _write(self, found: list[tuple[list[int], int]]) -> None:
         everything = (self._all.rows, self._all.shared, self._all.skip)
@@ -237,7 +250,11 @@ def find_crowds(
     return crowds
 
 
+def _power(count: int) -> int:
+    """The power of two that is at least `count`."""
+    return 1 << (count - 1).bit_length()
+
+
 def _bucket(num_rows: int, most: int) -> int:
     """The batch size to compute: powers of two up to 64, then multiples of 64; never more than there are rows."""
-    size = 1 << (num_rows - 1).bit_length() if num_rows <= 64 else -(-num_rows // 64) * 64
-    return min(size, most)
+    return min(_power(num_rows) if num_rows <= 64 else -(-num_rows // 64) * 64, most)
