@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
 import types
@@ -45,8 +46,9 @@ def shipped(name: str) -> Path:
     return package / name if (package / name).is_dir() else package.parent / name
 
 
+@functools.cache
 def register() -> Path:
-    """Tells Hydra of the schema and of recipes; returns the folder of the main configuration. May be called again."""
+    """Tells Hydra of the schema and of recipes; returns the folder of the main configuration."""
     version.setbase("1.3")
     ConfigStore.instance().store(name="schema", node=Config)
     Plugins.instance().register(RecipeSource)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import reduce
 from pathlib import Path
 
 import pytest
+import yaml
 
 from asystem.compose import GROUPS, load_config, recipe_names, shipped
 from asystem.config import BudgetCounts, Config, Correction, RuntimeKind
@@ -118,6 +121,40 @@ def test_a_key_that_a_recipe_misspells_is_named(tmp_path: Path) -> None:
         ("steps", '"steps" is no override: write key=value'),
         ("steps=many", "steps: value 'many' of type 'str' could not be converted to Integer; wanted int"),
         ("training.betas=3", "training.betas"),
+        ("algorithm.normalizer=mean", "expected one of [response, token, budget]"),
+        ("seed=1,2", "seed=1,2: several values need --multirun"),
+        ("checkpoint=3", "checkpoint=3: checkpoint is a section of keys"),
+        ("+foo=1", 'unknown key "foo"'),
+        ("data.name='a", "cannot read data.name='a: quote the value twice"),
+        ("rollout.max_staleness=-1", "rollout.max_staleness=-1 (η) is below 0"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(["recipe=quickstart", override] if not override.startswith("recipe=") else [override])
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def quickstart() -> Config:
+    return load_config(["recipe=quickstart"])
+
+
+def changed(config: Config, override: str) -> Config:
+    """What composition would make of the override, at none of its cost."""
+    key, _, value = override.partition("=")
+    copy = deepcopy(config)
+    *sections, leaf = key.split(".")
+    section = reduce(getattr, sections, copy)
+    assert hasattr(section, leaf)
+    setattr(section, leaf, yaml.safe_load(value))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
         ("steps=0", "steps=0 is below 1"),
         ("device=tpu", 'device="tpu": choose auto, cpu or cuda'),
         ("rollout.max_staleness=-1", "rollout.max_staleness=-1 (η) is below 0"),
@@ -133,12 +170,11 @@ def test_a_key_that_a_recipe_misspells_is_named(tmp_path: Path) -> None:
         ("rollout.temperature=0", "rollout.temperature=0"),
         ("training.lr=0", "training.lr=0 must be above 0"),
         ("rollout.max_new_tokens=2000", "raise token_budget to 5334 or retention to 6"),
-        ("algorithm.normalizer=mean", "expected one of [response, token, budget]"),
         ("generation.dtype=float8", 'generation.dtype="float8": choose auto, float32 or bfloat16'),
         ("training.betas=[0.9]", "training.betas=[0.9] must be two numbers in [0, 1)"),
         ("training.eps=0", "training.eps=0 must be above 0"),
         ("training.weight_decay=-0.1", "training.weight_decay=-0.1 is below 0"),
-        ("training.lr=nan", "training.lr=nan must be above 0"),
+        ("training.lr=.nan", "training.lr=nan must be above 0"),
         ("algorithm.icepop_alpha=0", "IcePop's band [0, 5] needs"),
         ("algorithm.icepop_beta=0.5", "IcePop's band [0.5, 0.5] needs"),
         ("rollout.top_p=1.5", "rollout.top_p=1.5 must lie in (0, 1]"),
@@ -147,16 +183,12 @@ def test_a_key_that_a_recipe_misspells_is_named(tmp_path: Path) -> None:
         ("runtime.object_store_bytes=1", "runtime.object_store_bytes=1 is below 78643200"),
         ("model.max_positions=20", "exceed model.max_positions=20: raise it to 22"),
         ("generation.kv_tokens=21", "generation.kv_tokens=21 does not hold one sequence"),
-        ("seed=1,2", "seed=1,2: several values need --multirun"),
-        ("checkpoint=3", "checkpoint=3: checkpoint is a section of keys"),
-        ("+foo=1", 'unknown key "foo"'),
-        ("data.name='a", "cannot read data.name='a: quote the value twice"),
         ("reward.max_error_share=2", "reward.max_error_share=2 must lie between 0 and 1"),
     ],
 )
-def test_bad_input_is_refused_in_one_line(override: str, message: str) -> None:
+def test_values_that_cannot_work_are_refused(quickstart: Config, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        load_config(["recipe=quickstart", override] if not override.startswith("recipe=") else [override])
+        changed(quickstart, override).check()
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
