@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_attention
+from asystem.generation.kernels.attention import CROWD, Crowds, Signal, Tiling, decode_attention
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
 from asystem.generation.kernels.linear import is_skinny, linear
 from asystem.generation.kernels.sampling import draw
@@ -27,6 +27,7 @@ from asystem.generation.sampler import sample, uniform
 from asystem.generation.scheduler import Prefill
 from asystem.models.decoder import Block, Decoder
 
+_MOST_SPLITS = 32
 _PROGRAMS_PER_SM = 8  # attention is split until so many programs a multiprocessor can run
 _MIN_SHARED = 0.1  # share of all cached tokens that crowds must save, to be worth a second attention launch
 _PREFIX_PART = 256  # tokens of a shared prefix that one program reads
@@ -39,7 +40,7 @@ class CapturedRunner:
     Parameters may change in place between calls; where they moved, the graphs are captured anew.
     """
 
-    run_ahead = 16
+    run_ahead = 32
 
     def __init__(self, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int]) -> None:
         self.model, self.cache, self.rows = model, cache, rows
@@ -48,14 +49,18 @@ class CapturedRunner:
         self._stops = torch.zeros(rows.vocab_size, dtype=torch.uint8, device=device)
         self._stops[list(stop_ids)] = 1
         num_rows, max_length = rows.tokens.shape
-        self._control = torch.zeros(2, dtype=torch.int64, device=device)  # rows in use, version of the weights
+        self._control = torch.zeros(3, dtype=torch.int64, device=device)  # rows in use, version, steps so far
         self._lengths = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self._cos, self._sin = model.rotary(torch.arange(max_length, device=device))
         self._crowds = _CrowdTable(num_rows, device)
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._graphs: dict[tuple[int, _Sharing], torch.cuda.CUDAGraph] = {}
         self._pool: tuple[int, int] | None = None
+        self._parameters: list[nn.Parameter] = []
         self._addresses: list[int] = []
+        self._version: int | None = None
+        flags = (model.spec.num_layers, max(1, num_rows // 2) * model.spec.num_kv_heads * _MOST_SPLITS)
+        self._flags = torch.zeros(flags, dtype=torch.int32, device=device)
 
     def prefill(self, prefills: Sequence[Prefill], context: StepContext) -> None:
         self._eager.prefill(prefills, context)
@@ -74,8 +79,10 @@ class CapturedRunner:
                 else:
                     graph.replay()
 
-    def _forget_moved_weights(self) -> None:
-        addresses = [parameter.data_ptr() for parameter in self.model.parameters()]
+    def _forget_moved_weights(self, version: int) -> None:
+        if version != self._version:  # walking through all modules takes a millisecond
+            self._parameters, self._version = list(self.model.parameters()), version
+        addresses = [parameter.data_ptr() for parameter in self._parameters]
         if addresses != self._addresses:
             self._graphs.clear()
             self._addresses = addresses
@@ -88,7 +95,7 @@ class CapturedRunner:
 
     def _capture(self, batch: int, sharing: _Sharing) -> torch.cuda.CUDAGraph:
         """Records one step. It runs once before, with no row in use, so that kernels are compiled and loaded."""
-        self._control.zero_()
+        self._control[0].zero_()
         stream = torch.cuda.Stream(self.rows.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -140,7 +147,7 @@ class CapturedRunner:
     def _splits(self, programs: int) -> int:
         """Parts to cut each sequence into: enough programs for the device, but no parts shorter than a few tiles."""
         longest = -(-self.rows.tokens.shape[1] // (2 * _TILING.keys))
-        return max(1, min(_PROGRAMS_PER_SM * self._processors // programs, longest, 32))
+        return max(1, min(_PROGRAMS_PER_SM * self._processors // programs, longest, _MOST_SPLITS))
 
     def _draw_truncated(self, logits: Tensor, batch: int) -> None:
         """Top-k and top-p, by the sampler; what `Rows.record` does, for rows that do not stand still."""
@@ -189,6 +196,7 @@ class _CrowdTable:
             torch.full((places, CROWD), -1, dtype=torch.int32, device=device),
             torch.zeros(places, dtype=torch.int32, device=device),
             torch.zeros(num_rows, dtype=torch.int32, device=device),
+            torch.zeros(num_rows, dtype=torch.int32, device=device),
         )
         self._seen: tuple[int, int] | None = None
         self._sharing = _Sharing(0, 1)
@@ -215,12 +223,12 @@ class _CrowdTable:
         return self._sharing
 
     def _write(self, found: list[tuple[list[int], int]]) -> None:
-        everything = (self._all.rows, self._all.shared, self._all.skip)
-        members, shared, skip = (np.zeros(x.shape, np.int32) for x in everything)
+        everything = (self._all.rows, self._all.shared, self._all.skip, self._all.home)
+        members, shared, skip, home = (np.zeros(x.shape, np.int32) for x in everything)
         members[:] = -1
         for place, (rows, tokens) in enumerate(found):
-            members[place, : len(rows)], shared[place], skip[rows] = rows, tokens, tokens
-        for tensor, array in zip(everything, (members, shared, skip), strict=True):
+            members[place, : len(rows)], shared[place], skip[rows], home[rows] = rows, tokens, tokens, place
+        for tensor, array in zip(everything, (members, shared, skip, home), strict=True):
             tensor.copy_(torch.from_numpy(array))
 
 

@@ -22,6 +22,8 @@ def _embed_kernel(
     row = tl.program_id(0)
     columns = tl.arange(0, SIZE)
     mask = columns < size
+    if row == 0:
+        tl.store(control + 2, tl.load(control + 2) + 1)
     active = (row < tl.load(control)) & (tl.load(done + row) == 0)
     tl.store(lengths + row, tl.where(active, tl.load(position + row) + 1, 0).to(tl.int32))
     token = tl.where(active, tl.load(last_token + row), 0)
@@ -40,7 +42,8 @@ def embed(
     """Looks up the newest tokens and normalises them for the first layer.
 
     Args:
-        last_token, position, done: [B] int64, of `rows.Rows`. control: int64, its first entry the rows in use.
+        last_token, position, done: [B] int64, of `rows.Rows`. control: [3] int64: rows in use, version of the weights,
+            steps so far, counted up here.
         embedding: [V, D]. weight: [D], of the first layer's norm.
         lengths: [B] int32, written: tokens to attend to, the new one included; 0 for a row that stands still.
 
