@@ -13,7 +13,7 @@ from asystem.tracking import is_timing
 
 
 def test_a_model_learns(run: Run) -> None:
-    run_dir, summary = run("steps=40", "evaluation.every=40")
+    run_dir, summary = run("steps=50", "training.warmup.steps=100", "rollout.token_budget=192", "rollout.capacity=128")
     assert summary["status"] == "finished"
     assert summary["eval_first"] < 0.75
     assert summary["eval_last"] > summary["eval_first"] + 0.2
