@@ -28,7 +28,13 @@ from typing import TYPE_CHECKING
 from asystem.config import RuntimeConfig
 from asystem.errors import ConfigError, WorkerError, WorkerTimeout
 from asystem.spmd.host import NODE_VARIABLE
-from asystem.spmd.runtimes.cluster import NODE_RESOURCE, new_temp_dir, remove_temp_dir, token_environment
+from asystem.spmd.runtimes.cluster import (
+    NODE_RESOURCE,
+    end_on_sigterm,
+    new_temp_dir,
+    remove_temp_dir,
+    token_environment,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -58,7 +64,7 @@ def bootstrap(config: RuntimeConfig | None = None, *, lost_seconds: float = 20.0
         return
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
         raise ConfigError("torchrun has started several processes a node: use --nproc-per-node=1, ranks come from Ray")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is below cleans up
+    end_on_sigterm()
     node = _Node(int(os.environ["RANK"]), nodes, config or RuntimeConfig(), lost_seconds)
     try:
         if node.rank == 0:

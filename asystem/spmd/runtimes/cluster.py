@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,6 +42,21 @@ def new_temp_dir() -> Path:
 def remove_temp_dir(path: Path) -> None:
     """Removes it with all logs; processes that are still ending may hold some files, which do not matter."""
     shutil.rmtree(path, ignore_errors=True)
+
+
+def end_on_sigterm() -> None:
+    """Makes SIGTERM, which Slurm, torchrun and containers send, end the run as Ctrl-C does: with everything closed.
+
+    Ray replaces the handler by one that prints a stack and aborts, so this is called after `ray.init` too.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background by a shell
+        sys.exit(128 + signal.SIGTERM)
+    signal.raise_signal(signal.SIGINT)
 
 
 def identity(resources: Mapping[str, float]) -> str | None:

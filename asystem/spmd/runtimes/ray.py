@@ -29,7 +29,7 @@ from asystem.spmd import store
 from asystem.spmd.host import Failure, GroupSpec, Host, Reply, Whereabouts
 from asystem.spmd.process_group import open_rendezvous
 from asystem.spmd.runtime import OnCall
-from asystem.spmd.runtimes.cluster import choose_node, identity, new_temp_dir, remove_temp_dir
+from asystem.spmd.runtimes.cluster import choose_node, end_on_sigterm, identity, new_temp_dir, remove_temp_dir
 
 _RAY_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines by which Ray marks its log files
 
@@ -169,6 +169,7 @@ class RayRuntime:
         self._owns_connection = not ray.is_initialized()
         if self._owns_connection:
             self._connect()
+            end_on_sigterm()
         self._previous_store = store.use(SharedMemory())
 
     def start_group(self, spec: GroupSpec) -> list[RayRank]:

@@ -1,4 +1,5 @@
 import os
+import signal
 import tempfile
 
 import pytest
@@ -50,3 +51,19 @@ def test_groups_are_spread_over_the_emptiest_node_that_fits() -> None:
     assert cluster.choose_node(gpus, {"a": 1}, 4) == "b"
     assert cluster.choose_node(gpus, {"b": 3}, 8) == "b"
     assert cluster.choose_node(gpus, {}, 16) is None
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does() -> None:
+    terminate, interrupt = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        cluster.end_on_sigterm()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as shells start jobs in the background
+        with pytest.raises(SystemExit) as ended:
+            signal.raise_signal(signal.SIGTERM)
+        assert ended.value.code == 143
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGINT, interrupt)
