@@ -59,7 +59,7 @@ class CapturedRunner:
         self._parameters: list[nn.Parameter] = []
         self._addresses: list[int] = []
         self._version: int | None = None
-        flags = (model.spec.num_layers, max(1, num_rows // 2) * model.spec.num_kv_heads * _MOST_SPLITS)
+        flags = (model.spec.num_layers, _power(num_rows) * model.spec.num_kv_heads * _MOST_SPLITS)
         self._flags = torch.zeros(flags, dtype=torch.int32, device=device)
 
     def prefill(self, prefills: Sequence[Prefill], context: StepContext) -> None:
@@ -67,7 +67,7 @@ class CapturedRunner:
 
     def decode(self, steps: int, context: StepContext) -> None:
         with torch.cuda.device(self.rows.device):
-            self._forget_moved_weights()
+            self._forget_moved_weights(context.version)
             sharing = self._crowds.refresh(self.rows, context.num_rows, self.cache.block_size)
             batch = _bucket(context.num_rows, len(self._lengths))
             graph = None if context.truncated else self._graph(batch, sharing)
@@ -141,7 +141,8 @@ class CapturedRunner:
         splits = self._splits(batch * attn.num_kv_heads)
         return decode_attention(
             qkv, keys, values, table, lengths, attn.num_heads, splits=splits,
-            crowds=self._crowds.of(batch, sharing), crowd_splits=sharing.splits, tiling=_TILING,
+            crowds=self._crowds.of(batch, sharing), crowd_splits=sharing.splits,
+            signal=Signal(self._flags[block.index], self._control[2:]), tiling=_TILING,
         )  # fmt: skip
 
     def _splits(self, programs: int) -> int:
@@ -205,7 +206,7 @@ class _CrowdTable:
         if not sharing.crowds:
             return None
         places = slice(0, sharing.crowds)
-        return Crowds(self._all.rows[places], self._all.shared[places], self._all.skip[:batch])
+        return Crowds(self._all.rows[places], self._all.shared[places], self._all.skip[:batch], self._all.home[:batch])
 
     def refresh(self, rows: Rows, num_rows: int, block_size: int) -> _Sharing:
         """Looks at the tables if need be, and decides whether reading prefixes together saves enough."""
