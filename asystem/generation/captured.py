@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from asystem.generation.kernels.attention import CROWD, Crowds, Signal, Tiling, decode_attention
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
-from asystem.generation.kernels.linear import is_skinny, linear
+from asystem.generation.kernels.linear import is_skinny, linear, norm_linear, takes_norm
 from asystem.generation.kernels.sampling import draw
 from asystem.generation.kv_cache import KVCache
 from asystem.generation.rows import FULL, RUNNING, STOPPED, Rows
 from asystem.generation.runner import EagerRunner, StepContext
 from asystem.generation.sampler import sample, uniform
 from asystem.generation.scheduler import Prefill
-from asystem.models.decoder import Block, Decoder
+from asystem.models.decoder import Block, Decoder, RMSNorm
 
 _MOST_SPLITS = 32
 _PROGRAMS_PER_SM = 8  # attention is split until so many programs a multiprocessor can run
@@ -112,27 +112,29 @@ class CapturedRunner:
         """One token for rows 0..batch-1, as far as they are in use and have not ended."""
         model, rows, lengths = self.model, self.rows, self._lengths[:batch]
         blocks: list[Block] = list(model.layers)  # type: ignore[arg-type]
-        norms = [block.attn_norm for block in blocks] + [model.norm]
+        first = blocks[0].attn_norm
         x, hidden = embed(
             rows.last_token[:batch], rows.position[:batch], rows.done[:batch], self._control, model.embed.weight,
-            norms[0].weight, norms[0].eps, lengths,
+            first.weight, first.eps, lengths,
         )  # fmt: skip
-        for block, norm in zip(blocks, norms[1:], strict=True):
-            attended = self._attend(block, hidden, batch, sharing)
-            product = _project(block.attn.o_proj, attended)
-            hidden = add_rms_norm(x, product, block.mlp_norm.weight, block.mlp_norm.eps)
-            product = _project(block.mlp.down_proj, _gated(block.mlp.gate_up_proj, hidden))
-            hidden = add_rms_norm(x, product, norm.weight, norm.eps)
+        qkv = _project(blocks[0].attn.qkv_proj, hidden)
+        for index, block in enumerate(blocks):
+            product = _project(block.attn.o_proj, self._attend(block, qkv, batch, sharing))
+            gated, x = _norm_project(x, product, block.mlp_norm, block.mlp.gate_up_proj, gate=True)
+            product = _project(block.mlp.down_proj, gated)
+            if index + 1 < len(blocks):
+                follower = blocks[index + 1]
+                qkv, x = _norm_project(x, product, follower.attn_norm, follower.attn.qkv_proj)
+        hidden = add_rms_norm(x, product, model.norm.weight, model.norm.eps)
         logits = torch.nn.functional.linear(hidden, model.head_weight())
         if truncated:
             self._draw_truncated(logits.float(), batch)
         else:
             draw(rows, logits, lengths, self._control, self._stops)
 
-    def _attend(self, block: Block, hidden: Tensor, batch: int, sharing: _Sharing) -> Tensor:
+    def _attend(self, block: Block, qkv: Tensor, batch: int, sharing: _Sharing) -> Tensor:
         attn, table, lengths = block.attn, self.rows.table[:batch], self._lengths[:batch]
         keys, values = self.cache.data[block.index]
-        qkv = _project(attn.qkv_proj, hidden)
         q_norm, k_norm = attn.q_norm, attn.k_norm
         rotary_write(
             qkv, None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
@@ -174,11 +176,14 @@ def _project(module: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def _gated(module: nn.Module, x: Tensor) -> Tensor:
-    """silu(gate) * up of the fused projection."""
-    if isinstance(module, nn.Linear) and module.bias is None and is_skinny(x, module.weight):
-        return linear(x, module.weight, swiglu=True)
-    return swiglu(module(x))
+def _norm_project(
+    x: Tensor, y: Tensor, norm: RMSNorm, module: nn.Module, *, gate: bool = False
+) -> tuple[Tensor, Tensor]:
+    """module(norm(x + y)), with silu(gate) * up of it where that is what it computes, and x + y."""
+    if isinstance(module, nn.Linear) and is_skinny(x, module.weight) and takes_norm(module.weight):
+        return norm_linear(x, y, norm.weight, norm.eps, module.weight, module.bias, swiglu=gate)
+    product = _project(module, add_rms_norm(x, y, norm.weight, norm.eps))
+    return swiglu(product) if gate else product, x
 
 
 class _Sharing(NamedTuple):

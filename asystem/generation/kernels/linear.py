@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,9 +17,9 @@ _MOST_OUT = 1 << 15  # larger outputs (the head) reach the bandwidth in cuBLAS t
 
 @triton.jit
 def _skinny_kernel(
-    x, weight, bias, out, n, k,
+    x, y, gain, weight, bias, total_out, out, n, k, eps,
     BATCH: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, SWIGLU: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, K)
@@ -33,15 +34,25 @@ def _skinny_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    source = x + batch[:, None] * k + column[None, :]
-    value = tl.load(source, mask=(column < k)[None, :], other=0.0).to(tl.float32)[:, None, :]
+    source = batch[:, None] * k + column[None, :]
+    source_mask = (column < k)[None, :]
+    value = tl.load(x + source, mask=source_mask, other=0.0).to(tl.float32)
+    if NORM:  # all of a row is here; each program does it again, which is cheaper than a launch of its own
+        value += tl.load(y + source, mask=source_mask, other=0.0).to(tl.float32)
+        rounded = value.to(out.dtype.element_ty)
+        tl.store(total_out + source, rounded, mask=(column < tl.where(tl.program_id(0) == 0, k, 0))[None, :])
+        value = rounded.to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(value * value, 1) / k + eps)
+        value *= scale[:, None] * tl.load(gain + column, mask=column < k, other=0.0).to(tl.float32)[None, :]
+        value = value.to(out.dtype.element_ty).to(tl.float32)
+    value = value[:, None, :]
     total = tl.sum(value * first.to(tl.float32)[None, :, :], 2)
     up = total
     if SWIGLU:
         up = tl.sum(value * second.to(tl.float32)[None, :, :], 2)
     for start in range(K, k, K):
         there = (column < k - start)[None, :]
-        value = tl.load(source + start, mask=there, other=0.0).to(tl.float32)[:, None, :]
+        value = tl.load(x + source + start, mask=there, other=0.0).to(tl.float32)[:, None, :]
         first = tl.load(weight + place + start, mask=mask & there, other=0.0)
         total += tl.sum(value * first.to(tl.float32)[None, :, :], 2)
         if SWIGLU:
@@ -68,13 +79,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, swiglu: boo
     Args:
         swiglu: weight holds gate and up, N / 2 rows each, and the result is silu(gate) * up, [B, N / 2].
     """
+    return _launch(x, None, None, 0.0, weight, bias, swiglu)[0]
+
+
+def takes_norm(weight: Tensor) -> bool:
+    """Whether `norm_linear` takes weight [N, K]: a program needs the whole of a row."""
+    return weight.shape[1] <= _MOST_K
+
+
+def norm_linear(
+    x: Tensor, y: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, *, swiglu: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`linear` of RMSNorm(x + y): x, y [B, K], gain [K]; see `linear`, `takes_norm`.
+
+    Returns:
+        The product, and x + y [B, K].
+    """
+    return _launch(x, y, gain, eps, weight, bias, swiglu)
+
+
+def _launch(
+    x: Tensor, y: Tensor | None, gain: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, swiglu: bool
+) -> tuple[Tensor, Tensor]:
     (batch, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
     out = x.new_empty(batch, n)
+    total = x if y is None else torch.empty_like(x)
     block = min(triton.next_power_of_2(k), _MOST_K)
     rows = max(1, _ELEMENTS // (batch * block * (2 if swiglu else 1)))
     overlap = overlaps(x.device)
     _skinny_kernel[(triton.cdiv(n, rows),)](
-        x, weight, weight if bias is None else bias, out, n, k, BATCH=batch, ROWS=rows, K=block,
-        BIAS=bias is not None, SWIGLU=swiglu, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+        x, x if y is None else y, x if gain is None else gain, weight, weight if bias is None else bias, total, out,
+        n, k, eps, BATCH=batch, ROWS=rows, K=block, BIAS=bias is not None, SWIGLU=swiglu, NORM=y is not None,
+        OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
-    return out
+    return out, total

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from asystem.generation.kernels import reference
 from asystem.generation.kernels.attention import CROWD, Crowds, Signal, Tiling, decode_attention
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
-from asystem.generation.kernels.linear import linear
+from asystem.generation.kernels.linear import linear, norm_linear
 from asystem.generation.kernels.sampling import draw
 from asystem.generation.rows import FULL, RUNNING, STOPPED, Rows
 from asystem.generation.sampler import sample, stream_key, uniform
@@ -137,6 +137,15 @@ def test_linear_of_few_rows(dtype: torch.dtype, batch: int, size: int, n: int, d
     assert_close(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
     want = reference.swiglu(torch.nn.functional.linear(x, weight))
     assert_close(linear(x, weight, swiglu=True), want)
+    if size <= 1024:
+        y, gain = torch.randn_like(x), torch.rand(size, device=device, dtype=dtype) + 0.5
+        total = x.clone()
+        hidden = reference.add_rms_norm(total, y, gain, 1e-6)
+        got, got_total = norm_linear(x, y, gain, 1e-6, weight, bias)
+        assert_close(got, torch.nn.functional.linear(hidden, weight, bias))
+        assert_close(got_total, total)
+        gated = reference.swiglu(torch.nn.functional.linear(hidden, weight))
+        assert_close(norm_linear(x, y, gain, 1e-6, weight, swiglu=True)[0], gated)
 
 
 def test_embed_masks_rows_that_stand_still(device: torch.device) -> None:
