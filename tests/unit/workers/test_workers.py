@@ -15,14 +15,14 @@ from asystem.spmd import store
 from asystem.types import FinishedRollout, Ref, RolloutRequest
 from asystem.workers import GenerateWorker, HybridWorker, RewardWorker, TrainWorker
 
-TASK = '''
+TASK = """
 def train(): return [{"prompt": "ab", "answer": "x"}, {"prompt": "cde", "answer": "y"}]
 def evaluation(): return [{"prompt": "q", "answer": "z"}, {"prompt": "rs", "answer": "z"}]
 def demonstrations(): return [{"prompt": "ab", "response": "xx"}]
 def reward(row, response):
     if row["prompt"] == "cde": raise ValueError("no c")
     return float("nan") if row["prompt"] == "q" else 0.5
-'''
+"""
 
 
 @pytest.fixture
