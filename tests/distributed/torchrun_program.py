@@ -1,6 +1,4 @@
-"""What `test_torchrun.py` runs on each node: two groups of two ranks, spread, and then what the arguments say.
-
-"""
+"""What `test_torchrun.py` runs on each node: two groups of two ranks, spread, that report to a file and stay busy."""
 
 import asyncio
 import json

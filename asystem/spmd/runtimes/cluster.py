@@ -9,8 +9,10 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from asystem.errors import ConfigError
 
 NODE_RESOURCE = "asystem_node_"  # + the node's rank: the custom resource by which bootstrapped nodes are told apart
 _LONGEST_TEMP_DIR = 36  # Ray appends up to 70 characters, and a Unix socket's path ends at 107
@@ -66,7 +68,27 @@ def identity(resources: Mapping[str, float]) -> str | None:
     return next(iter(sorted(ours) + sorted(rays)), None)
 
 
-def choose_node(free_gpus: Mapping[str, float], groups: Mapping[str, int], gpus: float) -> str | None:
-    """The node for the next group when groups are spread: the emptiest with enough free GPUs; None if none has."""
-    fitting = [node for node, free in free_gpus.items() if free >= gpus]
-    return min(fitting, key=lambda node: (groups.get(node, 0), node), default=None)
+def choose_node(total_gpus: Mapping[str, float], groups: Mapping[str, Sequence[float]], gpus: float) -> str | None:
+    """The node for the next group when groups are spread: the one with the fewest groups where the GPUs suffice.
+
+    Args:
+        total_gpus: by node. groups: by node, the GPUs that each group takes there. gpus: that the next one needs.
+    """
+    fitting = [node for node, total in total_gpus.items() if total - sum(groups.get(node, ())) >= gpus]
+    return min(fitting, key=lambda node: (len(groups.get(node, ())), node), default=None)
+
+
+def gpus_per_rank(name: str, ranks: int, wanted: float, total: float, taken: float) -> float:
+    """What each rank of a group gets: the GPUs it asks for, or none where the cluster has none.
+
+    Raises:
+        ConfigError: the others have left too few.
+    """
+    if not total:
+        return 0.0
+    if ranks * wanted > total - taken + 1e-6:
+        raise ConfigError(
+            f"{name} needs {ranks * wanted:g} GPUs ({ranks} ranks of {wanted:g}), and {total - taken:g} of {total:g} "
+            "are free: use fewer ranks, or placement=hybrid, where training and generation share each GPU"
+        )
+    return wanted

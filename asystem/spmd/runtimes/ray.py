@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,12 +25,18 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from asystem.config import PlacementConfig, RuntimeConfig
-from asystem.errors import ConfigError
 from asystem.spmd import store
 from asystem.spmd.host import Failure, GroupSpec, Host, Reply, Whereabouts
 from asystem.spmd.process_group import open_rendezvous
 from asystem.spmd.runtime import OnCall
-from asystem.spmd.runtimes.cluster import choose_node, end_on_sigterm, identity, new_temp_dir, remove_temp_dir
+from asystem.spmd.runtimes.cluster import (
+    choose_node,
+    end_on_sigterm,
+    gpus_per_rank,
+    identity,
+    new_temp_dir,
+    remove_temp_dir,
+)
 
 _RAY_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines by which Ray marks its log files
 
@@ -121,13 +128,13 @@ class RayRank:
         path = Path(self.where.stderr)
         if not self.where.stderr or not path.is_file():
             return ""  # on another machine
-        size = path.stat().st_size
-        if hanging:
-            os.kill(self.where.pid, signal.SIGUSR1)  # the actor writes where each of its threads stands
+        if not hanging:
+            return "\n".join(_read_from(path, path.stat().st_size - 10_000)[-12:])
+        written = path.stat().st_size
+        with suppress(ProcessLookupError):
+            os.kill(self.where.pid, signal.SIGUSR1)  # the actor writes where its main thread stands
             time.sleep(0.2)
-        lines = path.read_bytes()[size if hanging else 0 :].decode(errors="replace").strip().splitlines()
-        lines = [line for line in lines if not line.startswith(_RAY_OWN)]
-        return "\n".join(lines[:12] if hanging else lines[-12:])
+        return "\n".join(_read_from(path, written)[:12])
 
     def _reply(self, ref: Any) -> asyncio.Future[Reply]:
         loop = asyncio.get_running_loop()
@@ -151,6 +158,13 @@ class RayRank:
         return Failure(f"its process{pid} died: {cause}")
 
 
+def _read_from(path: Path, start: int) -> list[str]:
+    with path.open("rb") as file:
+        file.seek(max(start, 0))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return [line for line in lines if not line.startswith(_RAY_OWN)]
+
+
 def _in_loop(loop: asyncio.AbstractEventLoop, function: Callable[[Any], None], value: Any) -> None:
     if not loop.is_closed():  # an answer may come after the controller has ended
         loop.call_soon_threadsafe(function, value)
@@ -164,7 +178,7 @@ class RayRuntime:
         self._ranks: list[RayRank] = []
         self._placement_groups: list[PlacementGroup] = []
         self._gpus_taken = 0.0
-        self._groups_on: dict[str, int] = {}  # by node identity
+        self._groups_on: dict[str, list[float]] = {}  # by node identity: the GPUs of each group there
         self._temp_dir: Path | None = None
         self._owns_connection = not ray.is_initialized()
         if self._owns_connection:
@@ -173,7 +187,9 @@ class RayRuntime:
         self._previous_store = store.use(SharedMemory())
 
     def start_group(self, spec: GroupSpec) -> list[RayRank]:
-        gpus = self._gpus_per_rank(spec)
+        total = ray.cluster_resources().get("GPU", 0.0)
+        gpus = gpus_per_rank(spec.name, spec.ranks, spec.gpus, total, self._gpus_taken)
+        self._gpus_taken += gpus * spec.ranks
         bundle = {"CPU": spec.cpus} | ({"GPU": gpus} if gpus else {}) | self._pin(gpus * spec.ranks)
         group = placement_group([dict(bundle) for _ in range(spec.ranks)], strategy="PACK")
         self._placement_groups.append(group)
@@ -225,30 +241,16 @@ class RayRuntime:
             **quiet,
         )
 
-    def _gpus_per_rank(self, spec: GroupSpec) -> float:
-        """What each rank gets: what it asks for, or none where the cluster has none."""
-        total = ray.cluster_resources().get("GPU", 0.0)
-        if not total:
-            return 0.0
-        wanted, free = spec.gpus * spec.ranks, total - self._gpus_taken
-        if wanted > free + 1e-6:
-            raise ConfigError(
-                f"{spec.name} wants {wanted:g} GPUs ({spec.ranks} ranks of {spec.gpus:g}), and {free:g} of {total:g} "
-                "are free: use fewer ranks, or placement=hybrid, where training and generation share each GPU"
-            )
-        self._gpus_taken += wanted
-        return spec.gpus
-
     def _pin(self, gpus: float) -> dict[str, float]:
         """With `placement.spread`: the resource that keeps the whole group on the emptiest node."""
         if not self.placement.spread:
             return {}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        free = {name: resources.get("GPU", 0.0) for resources in nodes if (name := identity(resources))}
-        chosen = choose_node(free, self._groups_on, gpus)
+        totals = {name: resources.get("GPU", 0.0) for resources in nodes if (name := identity(resources))}
+        chosen = choose_node(totals, self._groups_on, gpus)
         if chosen is None:
             return {}
-        self._groups_on[chosen] = self._groups_on.get(chosen, 0) + 1
+        self._groups_on.setdefault(chosen, []).append(gpus)
         return {chosen: 0.0001}
 
 

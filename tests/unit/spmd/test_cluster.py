@@ -4,6 +4,7 @@ import tempfile
 
 import pytest
 
+from asystem.errors import ConfigError
 from asystem.spmd.runtimes import cluster
 
 
@@ -48,9 +49,19 @@ def test_nodes_are_told_apart_by_our_resource_first() -> None:
 def test_groups_are_spread_over_the_emptiest_node_that_fits() -> None:
     gpus = {"a": 4.0, "b": 8.0}
     assert cluster.choose_node(gpus, {}, 4) == "a"
-    assert cluster.choose_node(gpus, {"a": 1}, 4) == "b"
-    assert cluster.choose_node(gpus, {"b": 3}, 8) == "b"
-    assert cluster.choose_node(gpus, {}, 16) is None
+    assert cluster.choose_node(gpus, {"a": [4]}, 4) == "b"
+    assert cluster.choose_node(gpus, {"a": [0], "b": [0, 0]}, 4) == "a"
+    assert cluster.choose_node(gpus, {"b": [0, 0, 0]}, 8) == "b"
+    assert cluster.choose_node(gpus, {"a": [1], "b": [4, 1]}, 4) is None
+    assert cluster.choose_node({"a": 0, "b": 0}, {"a": [0]}, 0) == "b"
+
+
+def test_gpus_are_given_out_until_there_are_none() -> None:
+    assert cluster.gpus_per_rank("trainers", 4, 1, total=8, taken=4) == 1
+    assert cluster.gpus_per_rank("trainers", 4, 0.5, total=2, taken=0) == 0.5
+    assert cluster.gpus_per_rank("trainers", 4, 1, total=0, taken=0) == 0  # a cluster of CPUs
+    with pytest.raises(ConfigError, match=r"trainers needs 4 GPUs \(4 ranks of 1\), and 2 of 8 are free: use fewer"):
+        cluster.gpus_per_rank("trainers", 4, 1, total=8, taken=6)
 
 
 def test_sigterm_ends_a_run_as_ctrl_c_does() -> None:
