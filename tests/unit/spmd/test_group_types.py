@@ -31,16 +31,9 @@ async def main(runtime: object) -> None:
 def test_calls_through_a_group_are_checked(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     files = [str(ROOT / "asystem" / "spmd" / name) for name in ("remote.py", "group.py")]
-    options = [
-        "--config-file=",
-        "--follow-imports=skip",
-        f"--cache-dir={tmp_path}",
-        "--disable-error-code=no-any-return",
-    ]
+    options = ["--config-file=", "--follow-imports=skip", f"--cache-dir={tmp_path}"]
     text, errors, _ = api.run([*options, *files, str(tmp_path / "program.py")])
-    lines = [
-        line.split(": ", 1)[1] for line in text.replace("builtins.", "").splitlines() if line.startswith(str(tmp_path))
-    ]
+    lines = [line for line in text.replace("builtins.", "").splitlines() if "program.py" in line]
     assert [line.split(": ", 1)[1] for line in lines] == [
         'note: Revealed type is "program.Trainer"',
         'note: Revealed type is "float"',
