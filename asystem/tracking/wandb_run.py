@@ -9,12 +9,14 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlparse
+from urllib.parse import urlsplit
 
 from asystem.config import WandbMode
 from asystem.errors import ConfigError
 
 INIT_SECONDS = 30.0  # for reaching the server
+FINISH_SECONDS = 120.0  # for uploading what is left at the end; `wandb sync` uploads what was too slow
+PUBLIC_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # one server; `wandb login` wrote either, by its release
 
 
 def check_wandb(mode: WandbMode) -> None:
@@ -39,10 +41,12 @@ def has_key() -> bool:
     """Whether a key is set: `WANDB_API_KEY`, or the server's line in netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc  # with its port, as W&B writes it
+    hosts = PUBLIC_HOSTS if not host or host in PUBLIC_HOSTS else (host,)
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
-        return netrc.netrc(str(path)).authenticators(host) is not None
+        keys = netrc.netrc(str(path))
+        return any(keys.authenticators(host) for host in hosts)
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -105,8 +109,16 @@ class WandbRun:
 def _begin(mode: str, run_dir: Path, facts: Mapping[str, Any]) -> Any:
     import wandb
 
-    settings = wandb.Settings(silent=True, console="off", x_disable_meta=True, init_timeout=INIT_SECONDS)
-    return wandb.init(dir=run_dir, mode=cast(Any, mode), settings=settings, reinit="create_new", **facts)
+    settings = wandb.Settings(
+        mode=cast(Any, mode),
+        silent=True,
+        console="off",
+        x_disable_meta=True,
+        init_timeout=INIT_SECONDS,
+        finish_timeout=FINISH_SECONDS,
+    )
+    wandb.setup(settings)  # for the process: its telemetry would ask the network whatever the run's own mode is
+    return wandb.init(dir=run_dir, settings=settings, reinit="create_new", **facts)
 
 
 def _warn(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -214,12 +215,35 @@ def test_a_folder_of_ones_own_is_never_written_twice(config: Config, tmp_path: P
     assert len(lines(run_dir)) == 1
 
 
-def test_wandb_writes_its_file_offline_without_a_key(config: Config, tmp_path: Path) -> None:
-    config.tracking.wandb = WandbMode.auto
-    tracker = Tracker(config, tmp_path)
+OFFLINE_RUN = """
+import sys
+from pathlib import Path
+
+def report(event, args):
+    if event == "socket.getaddrinfo" or (event == "socket.connect" and not isinstance(args[1], str)):
+        sys.stderr.write(f"network: {event} {args}")  # a path is a Unix socket, to W&B's own process
+
+sys.addaudithook(report)
+from asystem.config import Config, WandbMode
+from asystem.tracking import Tracker
+
+for mode in WandbMode.disabled, WandbMode.auto:
+    config = Config(recipe="demo")
+    config.tracking.wandb, config.tracking.console = mode, False
+    tracker = Tracker(config, Path(sys.argv[1], mode.value))
     tracker.log(1, 1, {"reward/mean": 0.125})
     tracker.finish("finished", {})
-    (stored,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    sys.stdout.write(f"{sorted({'wandb', 'torch', 'ray'} & set(sys.modules))}")
+"""
+
+
+def test_wandb_writes_its_file_offline_without_a_key_or_network(tmp_path: Path) -> None:
+    # A process of its own: W&B's sends what it has to send, and closes its file, when the process ends.
+    run = subprocess.run([sys.executable, "-c", OFFLINE_RUN, tmp_path], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
+    assert run.stdout == "[]['wandb']"
+    assert not (tmp_path / "disabled" / "wandb").exists()
+    (stored,) = (tmp_path / "auto" / "wandb").glob("offline-run-*/run-*.wandb")
     data = stored.read_bytes()
     assert data[:4] == b":W&B"
     assert b"reward/mean" in data and b"0.125" in data and b"icepop_alpha" in data
@@ -252,8 +276,13 @@ def test_keys_stand_in_the_environment_or_in_netrc(tmp_path: Path, monkeypatch: 
     assert not has_key() and choose(WandbMode.auto) == "offline"
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
     assert has_key() and choose(WandbMode.auto) == "online"
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    (tmp_path / "netrc").write_text("machine api.forge.coreweave.com login user password secret\n")
+    assert has_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.example.org:8080")
     assert not has_key()
+    (tmp_path / "netrc").write_text("machine wandb.example.org:8080 login user password secret\n")
+    assert has_key()
+    (tmp_path / "netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     assert has_key()
     monkeypatch.setenv("WANDB_MODE", "disabled")
