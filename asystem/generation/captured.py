@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from asystem.generation.kernels.attention import CROWD, Crowds, Signal, Tiling, decode_attention
+from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_attention
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
 from asystem.generation.kernels.linear import is_skinny, linear, norm_linear, takes_norm
 from asystem.generation.kernels.sampling import draw
@@ -31,7 +31,9 @@ _MOST_SPLITS = 32
 _PROGRAMS_PER_SM = 8  # attention is split until so many programs a multiprocessor can run
 _MIN_SHARED = 0.1  # share of all cached tokens that crowds must save, to be worth a second attention launch
 _PREFIX_PART = 256  # tokens of a shared prefix that one program reads
-_TILING = Tiling(keys=64, warps=4, stages=3)
+_PARTS = 2  # of the products back into the residual stream
+_NARROW = 2048  # their width at most; wider ones fill the device whole
+_TILING = Tiling(keys=64, warps=4, stages=2)
 
 
 class CapturedRunner:
@@ -49,18 +51,16 @@ class CapturedRunner:
         self._stops = torch.zeros(rows.vocab_size, dtype=torch.uint8, device=device)
         self._stops[list(stop_ids)] = 1
         num_rows, max_length = rows.tokens.shape
-        self._control = torch.zeros(3, dtype=torch.int64, device=device)  # rows in use, version, steps so far
+        self._control = torch.zeros(2, dtype=torch.int64, device=device)  # rows in use, version of the weights
         self._lengths = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self._cos, self._sin = model.rotary(torch.arange(max_length, device=device))
         self._crowds = _CrowdTable(num_rows, device)
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._graphs: dict[tuple[int, _Sharing], torch.cuda.CUDAGraph] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # an opaque handle
         self._parameters: list[nn.Parameter] = []
         self._addresses: list[int] = []
         self._version: int | None = None
-        flags = (model.spec.num_layers, _power(num_rows) * model.spec.num_kv_heads * _MOST_SPLITS)
-        self._flags = torch.zeros(flags, dtype=torch.int32, device=device)
 
     def prefill(self, prefills: Sequence[Prefill], context: StepContext) -> None:
         self._eager.prefill(prefills, context)
@@ -96,7 +96,7 @@ class CapturedRunner:
     def _capture(self, batch: int, sharing: _Sharing) -> torch.cuda.CUDAGraph:
         """Records one step. It runs once before, with no row in use, so that kernels are compiled and loaded."""
         self._control[0].zero_()
-        stream = torch.cuda.Stream(self.rows.device)
+        stream = torch.cuda.Stream(self.rows.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._step(batch, sharing, truncated=False)
@@ -143,8 +143,7 @@ class CapturedRunner:
         splits = self._splits(batch * attn.num_kv_heads)
         return decode_attention(
             qkv, keys, values, table, lengths, attn.num_heads, splits=splits,
-            crowds=self._crowds.of(batch, sharing), crowd_splits=sharing.splits,
-            signal=Signal(self._flags[block.index], self._control[2:]), tiling=_TILING,
+            crowds=self._crowds.of(batch, sharing), crowd_splits=sharing.splits, tiling=_TILING,
         )  # fmt: skip
 
     def _splits(self, programs: int) -> int:
@@ -168,10 +167,20 @@ class CapturedRunner:
         rows.done[used] = torch.where(active, done, rows.done[used])
 
 
-def _project(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), by the kernel for few rows where that is quicker."""
+def _project(module: nn.Module, x: Tensor, parts: int = 1) -> Tensor:
+    """module(x), by the kernel for few rows where that is quicker.
+
+    With `parts`, a narrow product may come as [parts, B, N] float32, to be summed: cut along its inner axis, it gives
+    work to more of the device.
+    """
     if isinstance(module, nn.Linear) and is_skinny(x, module.weight):
         return linear(x, module.weight, module.bias)
+    if parts > 1 and isinstance(module, nn.Linear) and module.bias is None and x.dtype == torch.bfloat16:
+        n, k = module.weight.shape
+        if k % (parts * 64) == 0 and n <= _NARROW:
+            cut_x = x.view(len(x), parts, -1).transpose(0, 1)
+            cut_weight = module.weight.view(n, parts, -1).permute(1, 2, 0)
+            return torch.bmm(cut_x, cut_weight, out_dtype=torch.float32)
     out: Tensor = module(x)
     return out
 
@@ -202,7 +211,6 @@ class _CrowdTable:
             torch.full((places, CROWD), -1, dtype=torch.int32, device=device),
             torch.zeros(places, dtype=torch.int32, device=device),
             torch.zeros(num_rows, dtype=torch.int32, device=device),
-            torch.zeros(num_rows, dtype=torch.int32, device=device),
         )
         self._seen: tuple[int, int] | None = None
         self._sharing = _Sharing(0, 1)
@@ -211,7 +219,7 @@ class _CrowdTable:
         if not sharing.crowds:
             return None
         places = slice(0, sharing.crowds)
-        return Crowds(self._all.rows[places], self._all.shared[places], self._all.skip[:batch], self._all.home[:batch])
+        return Crowds(self._all.rows[places], self._all.shared[places], self._all.skip[:batch])
 
     def refresh(self, rows: Rows, num_rows: int, block_size: int) -> _Sharing:
         """Looks at the tables if need be, and decides whether reading prefixes together saves enough."""
@@ -229,12 +237,12 @@ class _CrowdTable:
         return self._sharing
 
     def _write(self, found: list[tuple[list[int], int]]) -> None:
-        everything = (self._all.rows, self._all.shared, self._all.skip, self._all.home)
-        members, shared, skip, home = (np.zeros(x.shape, np.int32) for x in everything)
+        everything = (self._all.rows, self._all.shared, self._all.skip)
+        members, shared, skip = (np.zeros(x.shape, np.int32) for x in everything)
         members[:] = -1
         for place, (rows, tokens) in enumerate(found):
-            members[place, : len(rows)], shared[place], skip[rows], home[rows] = rows, tokens, tokens, place
-        for tensor, array in zip(everything, (members, shared, skip, home), strict=True):
+            members[place, : len(rows)], shared[place], skip[rows] = rows, tokens, tokens
+        for tensor, array in zip(everything, (members, shared, skip), strict=True):
             tensor.copy_(torch.from_numpy(array))
 
 

@@ -1,8 +1,8 @@
 """Paged, grouped-query attention of one new token a sequence, split over the keys' length.
 
 Samples of one group share the blocks of their prompt. A *crowd* is up to `CROWD` such rows; one program reads the
-shared blocks once for all of them, others read what each row has alone, and the parts are joined by their softmax
-sums: by the row's own program, which waits for its crowd's, or, where the row is split too, in a second launch.
+shared blocks once for all of them, others read what each row has alone, and a second launch joins the parts by their
+softmax sums. Without crowds or splits there is one part a row and no second launch.
 """
 
 from __future__ import annotations
@@ -36,45 +36,29 @@ class Crowds:
         rows: [C, CROWD] int32, the rows of each crowd, -1 beyond the last. shared: [C] int32, tokens that they share,
             whole blocks; 0 = no crowd.
         skip: [B] int32, leading tokens of each row that its crowd reads; 0 for a row alone.
-        home: [B] int32, the crowd of each row; any for a row alone.
     """
 
     rows: Tensor
     shared: Tensor
     skip: Tensor
-    home: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Signal:
-    """How a crowd's program tells its rows' programs that its part is there.
-
-    Attributes:
-        flags: [at least C * crowd_splits * Hk] int32, zero at first; of one layer.
-        step: [1] int64, another number above 0 in each step.
-    """
-
-    flags: Tensor
-    step: Tensor
 
 
 @triton.jit
 def _attend_kernel(
-    q, keys, values, table, lengths, skip, crowd_rows, crowd_shared, home, flags, step,
-    out, part_acc, part_sum, part_max, q_stride, table_stride, num_rows, scale,
+    q, keys, values, table, lengths, skip, crowd_rows, crowd_shared, out, part_acc, part_sum, part_max,
+    q_stride, table_stride, num_rows, scale,
     SPLITS: tl.constexpr, CROWD_SPLITS: tl.constexpr, CROWDS: tl.constexpr, CROWD: tl.constexpr,
     GROUP: tl.constexpr, M: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, N: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
-    WAITING: tl.constexpr, OVERLAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     kv_head, item = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, M)
-    # Crowds come first: whoever waits for them waits for programs that run already.
-    leads = item < CROWDS * CROWD_SPLITS
-    if leads:
+    # Crowds come first: theirs are the longest programs.
+    if item < CROWDS * CROWD_SPLITS:
         crowd = item // max(CROWD_SPLITS, 1)
         slot = item % max(CROWD_SPLITS, 1)
         stop = tl.load(crowd_shared + crowd)
@@ -89,19 +73,13 @@ def _attend_kernel(
         stop = tl.load(lengths + row)
         member = tl.where(lane < GROUP, row, -1).to(tl.int32)
         begin = stop * 0
-        crowd = begin
         if CROWD_SPLITS > 0:
             begin = tl.minimum(tl.load(skip + row), stop)
-            crowd = tl.load(home + row)
         span = tl.cdiv(tl.cdiv(stop - begin, SPLITS), N) * N
         begin += split * span
     end = tl.minimum(begin + span, stop)
-    # Who joins the parts knows from the same numbers that this one is empty.
-    idle = begin >= end
-    if WAITING:
-        idle = idle & (leads | (stop == 0))
-    if idle:
-        return
+    if begin >= end:
+        return  # the joining launch knows from the same numbers that this part is empty
     columns = tl.arange(0, HEAD_PAD)
     column_mask = columns < HEAD
     head = kv_head * GROUP + lane % GROUP
@@ -131,41 +109,14 @@ def _attend_kernel(
         acc = acc * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
         peak = new_peak
     place = member.to(tl.int64) * (KV_HEADS * GROUP) + head
-    cell = place[:, None] * HEAD + columns[None, :]
-    cell_mask = real[:, None] & column_mask[None, :]
-    lanes_total = num_rows * (KV_HEADS * GROUP)
     if DIRECT:
-        tl.store(out + cell, (acc / total[:, None]).to(out.dtype.element_ty), mask=cell_mask)
-    elif not WAITING:
-        tl.store(part_acc + slot * lanes_total * HEAD + cell, acc, mask=cell_mask)
-        tl.store(part_sum + slot * lanes_total + place, total, mask=real)
-        tl.store(part_max + slot * lanes_total + place, peak, mask=real)
-    elif leads:
-        tl.store(part_acc + slot * lanes_total * HEAD + cell, acc, mask=cell_mask)
-        tl.store(part_sum + slot * lanes_total + place, total, mask=real)
-        tl.store(part_max + slot * lanes_total + place, peak, mask=real)
-        tl.debug_barrier()
-        flag = flags + (crowd * CROWD_SPLITS + slot) * KV_HEADS + kv_head
-        tl.atomic_xchg(flag, tl.load(step).to(tl.int32), sem="release")
+        result = (acc / total[:, None]).to(out.dtype.element_ty)
+        tl.store(out + place[:, None] * HEAD + columns[None, :], result, mask=real[:, None] & column_mask[None, :])
     else:
-        shared = tl.minimum(tl.load(skip + row), stop)
-        now = tl.load(step).to(tl.int32)
-        crowd_span = tl.cdiv(tl.cdiv(shared, CROWD_SPLITS), N) * N
-        for other in tl.static_range(CROWD_SPLITS):
-            if other * crowd_span < shared:
-                flag = flags + (crowd * CROWD_SPLITS + other) * KV_HEADS + kv_head
-                seen = tl.atomic_add(flag, 0, sem="acquire")
-                while seen != now:
-                    seen = tl.atomic_add(flag, 0, sem="acquire")
-                part_peak = tl.load(part_max + other * lanes_total + place, mask=real, other=-1.0e30)
-                part_total = tl.load(part_sum + other * lanes_total + place, mask=real, other=0.0)
-                value = tl.load(part_acc + other * lanes_total * HEAD + cell, mask=cell_mask, other=0.0)
-                new_peak = tl.maximum(peak, part_peak)
-                fade, gain = tl.exp2(peak - new_peak), tl.exp2(part_peak - new_peak)
-                total = total * fade + part_total * gain
-                acc = acc * fade[:, None] + value * gain[:, None]
-                peak = new_peak
-        tl.store(out + cell, (acc / total[:, None]).to(out.dtype.element_ty), mask=cell_mask)
+        part = slot * num_rows * (KV_HEADS * GROUP) + place
+        tl.store(part_acc + part[:, None] * HEAD + columns[None, :], acc, mask=real[:, None] & column_mask[None, :])
+        tl.store(part_sum + part, total, mask=real)
+        tl.store(part_max + part, peak, mask=real)
 
 
 @triton.jit
@@ -213,8 +164,7 @@ def _join_kernel(
 
 def decode_attention(
     q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, num_heads: int, *,
-    splits: int = 1, crowds: Crowds | None = None, crowd_splits: int = 1, signal: Signal | None = None,
-    tiling: Tiling = Tiling(),
+    splits: int = 1, crowds: Crowds | None = None, crowd_splits: int = 1, tiling: Tiling = Tiling(),
 ) -> Tensor:  # fmt: skip
     """Attention of one token a row over its cached keys and values, its own included.
 
@@ -224,7 +174,6 @@ def decode_attention(
         table: [B, M] int64. lengths: [B] int32, tokens to attend to; a row with 0 is left unwritten.
         splits: parts that each row's own keys are cut into; more of them keep a device busy with few rows.
         crowds: rows that share a prefix; None = each row reads all of its own. crowd_splits: parts of each prefix.
-        signal: spares the second launch where rows are not split.
 
     Returns:
         [B, Hq * d] in q's dtype.
@@ -236,28 +185,24 @@ def decode_attention(
     if crowds is None:
         crowd_splits = 0
     direct = crowds is None and splits == 1
-    waiting = crowds is not None and splits == 1 and signal is not None
     parts = crowd_splits + splits
     if direct:
         acc = total = peak = out
     else:
         acc = torch.empty(parts, rows, num_heads, head, dtype=torch.float32, device=q.device)
         total, peak = torch.empty(2, parts, rows, num_heads, dtype=torch.float32, device=q.device).unbind()
-    skip, members, shared, home = (lengths,) * 4
-    if crowds is not None:
-        skip, members, shared, home = crowds.skip, crowds.rows, crowds.shared, crowds.home
-    flags, step = (lengths, lengths) if signal is None else (signal.flags, signal.step)
+    skip, members, shared = (lengths,) * 3 if crowds is None else (crowds.skip, crowds.rows, crowds.shared)
     lanes = max(16, triton.next_power_of_2(group * (1 if crowds is None else CROWD)))
     pad, overlap = triton.next_power_of_2(head), overlaps(q.device)
     _attend_kernel[(kv_heads, num_crowds * crowd_splits + rows * splits)](
-        q, keys, values, table, lengths, skip, members, shared, home, flags, step, out, acc, total, peak,
+        q, keys, values, table, lengths, skip, members, shared, out, acc, total, peak,
         q.stride(0), table.stride(0), rows, head**-0.5 * 1.4426950408889634,
         SPLITS=splits, CROWD_SPLITS=crowd_splits, CROWDS=num_crowds, CROWD=CROWD, GROUP=group, M=lanes,
         KV_HEADS=kv_heads, HEAD=head, HEAD_PAD=pad, BLOCK_SIZE=block_size, N=tiling.keys, DIRECT=direct,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # it only concerns float32
-        WAITING=waiting, OVERLAP=overlap, num_warps=tiling.warps, num_stages=tiling.stages, launch_pdl=overlap,
+        OVERLAP=overlap, num_warps=tiling.warps, num_stages=tiling.stages, launch_pdl=overlap,
     )  # fmt: skip
-    if not (direct or waiting):
+    if not direct:
         heads_pad = min(4, triton.next_power_of_2(num_heads))
         _join_kernel[(rows, triton.cdiv(num_heads, heads_pad))](
             lengths, skip, out, acc, total, peak, rows, SPLITS=splits, CROWD_SPLITS=crowd_splits,

@@ -22,8 +22,6 @@ def _embed_kernel(
     row = tl.program_id(0)
     columns = tl.arange(0, SIZE)
     mask = columns < size
-    if row == 0:
-        tl.store(control + 2, tl.load(control + 2) + 1)
     active = (row < tl.load(control)) & (tl.load(done + row) == 0)
     tl.store(lengths + row, tl.where(active, tl.load(position + row) + 1, 0).to(tl.int32))
     token = tl.where(active, tl.load(last_token + row), 0)
@@ -42,8 +40,7 @@ def embed(
     """Looks up the newest tokens and normalises them for the first layer.
 
     Args:
-        last_token, position, done: [B] int64, of `rows.Rows`. control: [3] int64: rows in use, version of the weights,
-            steps so far, counted up here.
+        last_token, position, done: [B] int64, of `rows.Rows`. control: int64, its first entry the rows in use.
         embedding: [V, D]. weight: [D], of the first layer's norm.
         lengths: [B] int32, written: tokens to attend to, the new one included; 0 for a row that stands still.
 
@@ -62,7 +59,9 @@ def embed(
 
 
 @triton.jit
-def _add_rms_norm_kernel(x, y, weight, out, size, eps, SIZE: tl.constexpr, OVERLAP: tl.constexpr):
+def _add_rms_norm_kernel(
+    x, y, weight, out, size, eps, part_stride, PARTS: tl.constexpr, SIZE: tl.constexpr, OVERLAP: tl.constexpr
+):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -70,7 +69,10 @@ def _add_rms_norm_kernel(x, y, weight, out, size, eps, SIZE: tl.constexpr, OVERL
     columns = tl.arange(0, SIZE)
     mask = columns < size
     value = tl.load(x + row * size + columns, mask=mask, other=0.0).to(tl.float32)
-    value += tl.load(y + row * size + columns, mask=mask, other=0.0).to(tl.float32)
+    added = tl.zeros([SIZE], tl.float32)
+    for part in tl.static_range(PARTS):
+        added += tl.load(y + part * part_stride + row * size + columns, mask=mask, other=0.0).to(tl.float32)
+    value += added.to(x.dtype.element_ty).to(tl.float32)
     rounded = value.to(x.dtype.element_ty)
     tl.store(x + row * size + columns, rounded, mask=mask)
     value = rounded.to(tl.float32)
@@ -80,13 +82,18 @@ def _add_rms_norm_kernel(x, y, weight, out, size, eps, SIZE: tl.constexpr, OVERL
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x += y in place, then RMSNorm of x: x, y [B, D], weight [D] -> [B, D]."""
+    """x += y in place, then RMSNorm of x: x [B, D], weight [D] -> [B, D].
+
+    y is [B, D], or [P, B, D] float32, the parts of a product that was cut along its inner axis.
+    """
     rows, size = x.shape
+    parts = y.shape[0] if y.dim() == 3 else 1
     out, padded = torch.empty_like(x), triton.next_power_of_2(size)
     overlap = overlaps(x.device)
     _add_rms_norm_kernel[(rows,)](
-        x, y, weight, out, size, eps, SIZE=padded, OVERLAP=overlap, num_warps=_warps(padded), launch_pdl=overlap
-    )
+        x, y, weight, out, size, eps, x.numel(), PARTS=parts, SIZE=padded, OVERLAP=overlap, num_warps=_warps(padded),
+        launch_pdl=overlap,
+    )  # fmt: skip
     return out
 
 

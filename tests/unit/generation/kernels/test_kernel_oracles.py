@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from asystem.generation.kernels import reference
-from asystem.generation.kernels.attention import CROWD, Crowds, Signal, Tiling, decode_attention
+from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_attention
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
 from asystem.generation.kernels.linear import linear, norm_linear
 from asystem.generation.kernels.sampling import draw
@@ -71,9 +71,8 @@ def test_attention(dtype: torch.dtype, head: int, group: int, block: int, splits
 
 @pytest.mark.parametrize("dtype", dtypes())
 @pytest.mark.parametrize(("group", "splits", "crowd_splits"), [(2, 1, 1), (1, 2, 1), (4, 3, 2), (8, 1, 2)])
-@pytest.mark.parametrize("signals", [False, True])
 def test_attention_with_shared_prefixes(
-    dtype: torch.dtype, group: int, splits: int, crowd_splits: int, signals: bool, device: torch.device
+    dtype: torch.dtype, group: int, splits: int, crowd_splits: int, device: torch.device
 ) -> None:
     block, shared, head, kv_heads = 16, 3, 64, 2
     lengths = [49, 64, 0, 50, 100, 53, 70, 61, 66, 48]  # a row that stands still, one with its whole prompt shared
@@ -82,18 +81,14 @@ def test_attention_with_shared_prefixes(
     members[0, :CROWD] = torch.arange(CROWD)
     skip = torch.tensor([shared * block] * CROWD + [0] * 2, dtype=torch.int32)
     shares = torch.tensor([shared * block, 0], dtype=torch.int32)
-    crowds = Crowds(*(x.to(device) for x in (members, shares, skip, torch.zeros_like(skip))))
+    crowds = Crowds(members.to(device), shares.to(device), skip.to(device))
     q = torch.randn(len(lengths), group * kv_heads * head, device=device, dtype=dtype)
     args = (q, cache.keys, cache.values, cache.table, cache.lengths, group * kv_heads)
-    flags = torch.zeros(2 * crowd_splits * kv_heads, dtype=torch.int32, device=device)
+    got = decode_attention(
+        *args, splits=splits, crowds=crowds, crowd_splits=crowd_splits, tiling=Tiling(keys=32, stages=2)
+    )
     want, real = reference.decode_attention(*args), cache.lengths > 0
-    for step in (1, 2):
-        signal = Signal(flags, torch.tensor([step], device=device)) if signals else None
-        got = decode_attention(
-            *args, splits=splits, crowds=crowds, crowd_splits=crowd_splits, signal=signal,
-            tiling=Tiling(keys=32, stages=2),
-        )  # fmt: skip
-        assert_close(got[real], want[real])
+    assert_close(got[real], want[real])
 
 
 @pytest.mark.parametrize("dtype", dtypes())
@@ -123,6 +118,11 @@ def test_norms_and_swiglu(dtype: torch.dtype, size: int, device: torch.device) -
     want_x, got_x = x.clone(), x.clone()
     assert_close(add_rms_norm(got_x, y, weight[0], 1e-6), reference.add_rms_norm(want_x, y, weight[0], 1e-6))
     assert_close(got_x, want_x)
+    parts = torch.randn(3, 5, size, device=device)
+    got, want = (f(x.clone(), y, weight[0], 1e-6) for f, y in (
+        (add_rms_norm, parts), (reference.add_rms_norm, parts.sum(0).to(dtype))
+    ))  # fmt: skip
+    assert_close(got, want)
     gate_up = torch.randn(3, 2 * size, device=device, dtype=dtype)
     assert_close(swiglu(gate_up), reference.swiglu(gate_up))
 
