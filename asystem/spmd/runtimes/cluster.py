@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -42,8 +43,12 @@ def new_temp_dir() -> Path:
 
 
 def remove_temp_dir(path: Path) -> None:
-    """Removes it with all logs; processes that are still ending may hold some files, which do not matter."""
-    shutil.rmtree(path, ignore_errors=True)
+    """Removes it with all logs; Ray's processes that are still ending may write to it for a moment longer."""
+    for _ in range(20):
+        shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(0.1)
 
 
 def end_on_sigterm() -> None:
