@@ -31,8 +31,6 @@ _MOST_SPLITS = 32
 _PROGRAMS_PER_SM = 8  # attention is split until so many programs a multiprocessor can run
 _MIN_SHARED = 0.1  # share of all cached tokens that crowds must save, to be worth a second attention launch
 _PREFIX_PART = 256  # tokens of a shared prefix that one program reads
-_PARTS = 2  # of the products back into the residual stream
-_NARROW = 2048  # their width at most; wider ones fill the device whole
 _TILING = Tiling(keys=64, warps=4, stages=2)
 
 
@@ -167,20 +165,10 @@ class CapturedRunner:
         rows.done[used] = torch.where(active, done, rows.done[used])
 
 
-def _project(module: nn.Module, x: Tensor, parts: int = 1) -> Tensor:
-    """module(x), by the kernel for few rows where that is quicker.
-
-    With `parts`, a narrow product may come as [parts, B, N] float32, to be summed: cut along its inner axis, it gives
-    work to more of the device.
-    """
+def _project(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x), by the kernel for few rows where that is quicker."""
     if isinstance(module, nn.Linear) and is_skinny(x, module.weight):
         return linear(x, module.weight, module.bias)
-    if parts > 1 and isinstance(module, nn.Linear) and module.bias is None and x.dtype == torch.bfloat16:
-        n, k = module.weight.shape
-        if k % (parts * 64) == 0 and n <= _NARROW:
-            cut_x = x.view(len(x), parts, -1).transpose(0, 1)
-            cut_weight = module.weight.view(n, parts, -1).permute(1, 2, 0)
-            return torch.bmm(cut_x, cut_weight, out_dtype=torch.float32)
     out: Tensor = module(x)
     return out
 

@@ -114,7 +114,8 @@ def _attend_kernel(
         tl.store(out + place[:, None] * HEAD + columns[None, :], result, mask=real[:, None] & column_mask[None, :])
     else:
         part = slot * num_rows * (KV_HEADS * GROUP) + place
-        tl.store(part_acc + part[:, None] * HEAD + columns[None, :], acc, mask=real[:, None] & column_mask[None, :])
+        mean = (acc / total[:, None]).to(part_acc.dtype.element_ty)
+        tl.store(part_acc + part[:, None] * HEAD + columns[None, :], mean, mask=real[:, None] & column_mask[None, :])
         tl.store(part_sum + part, total, mask=real)
         tl.store(part_max + part, peak, mask=real)
 
@@ -156,7 +157,7 @@ def _join_kernel(
         new_peak = tl.maximum(peak, part_peak)
         fade, gain = tl.exp2(peak - new_peak), tl.exp2(part_peak - new_peak)
         total = total * fade + part_total * gain
-        acc = acc * fade[:, None] + value * gain[:, None]
+        acc = acc * fade[:, None] + value.to(tl.float32) * (part_total * gain)[:, None]
         peak = new_peak
     result = (acc / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + (row * HEADS + head)[:, None] * HEAD + columns[None, :], result, mask=mask)
@@ -189,7 +190,7 @@ def decode_attention(
     if direct:
         acc = total = peak = out
     else:
-        acc = torch.empty(parts, rows, num_heads, head, dtype=torch.float32, device=q.device)
+        acc = q.new_empty(parts, rows, num_heads, head)
         total, peak = torch.empty(2, parts, rows, num_heads, dtype=torch.float32, device=q.device).unbind()
     skip, members, shared = (lengths,) * 3 if crowds is None else (crowds.skip, crowds.rows, crowds.shared)
     lanes = max(16, triton.next_power_of_2(group * (1 if crowds is None else CROWD)))

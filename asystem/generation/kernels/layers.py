@@ -59,9 +59,7 @@ def embed(
 
 
 @triton.jit
-def _add_rms_norm_kernel(
-    x, y, weight, out, size, eps, part_stride, PARTS: tl.constexpr, SIZE: tl.constexpr, OVERLAP: tl.constexpr
-):
+def _add_rms_norm_kernel(x, y, weight, out, size, eps, SIZE: tl.constexpr, OVERLAP: tl.constexpr):
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -69,10 +67,7 @@ def _add_rms_norm_kernel(
     columns = tl.arange(0, SIZE)
     mask = columns < size
     value = tl.load(x + row * size + columns, mask=mask, other=0.0).to(tl.float32)
-    added = tl.zeros([SIZE], tl.float32)
-    for part in tl.static_range(PARTS):
-        added += tl.load(y + part * part_stride + row * size + columns, mask=mask, other=0.0).to(tl.float32)
-    value += added.to(x.dtype.element_ty).to(tl.float32)
+    value += tl.load(y + row * size + columns, mask=mask, other=0.0).to(tl.float32)
     rounded = value.to(x.dtype.element_ty)
     tl.store(x + row * size + columns, rounded, mask=mask)
     value = rounded.to(tl.float32)
@@ -82,16 +77,12 @@ def _add_rms_norm_kernel(
 
 
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x += y in place, then RMSNorm of x: x [B, D], weight [D] -> [B, D].
-
-    y is [B, D], or [P, B, D] float32, the parts of a product that was cut along its inner axis.
-    """
+    """x += y in place, then RMSNorm of x: x, y [B, D], weight [D] -> [B, D]."""
     rows, size = x.shape
-    parts = y.shape[0] if y.dim() == 3 else 1
     out, padded = torch.empty_like(x), triton.next_power_of_2(size)
     overlap = overlaps(x.device)
     _add_rms_norm_kernel[(rows,)](
-        x, y, weight, out, size, eps, x.numel(), PARTS=parts, SIZE=padded, OVERLAP=overlap, num_warps=_warps(padded),
+        x, y, weight, out, size, eps, SIZE=padded, OVERLAP=overlap, num_warps=_warps(padded),
         launch_pdl=overlap,
     )  # fmt: skip
     return out
