@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from itertools import groupby
+from itertools import groupby, pairwise
 
 COLORS = ("#2f6fde", "#d9622b", "#2a9d6f", "#9a4fcf", "#b8860b", "#c2185b", "#0e8a9a", "#7a7f87")
 
 WIDTH, HEIGHT = 420, 206
 LEFT, RIGHT, TOP, BOTTOM = 52, 410, 8, 166  # of the plot within it
-DOTS = 60  # a curve of at most so many points shows each, with its value
+DOTS = 60  # a curve of at most so many points shows each
+HOVER_COLUMNS = 120  # at most so many steps tell their values to the pointer
 MAX_POINTS = 600  # of a curve; of more, each stretch keeps its lowest and its highest
 
 Points = Sequence[tuple[float, float | None]]
@@ -36,6 +37,7 @@ def line_chart(title: str, curves: Mapping[str, Points], bounds: tuple[float, fl
     parts.append(f'<text x="{(LEFT + RIGHT) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">optimizer step</text>')
     for color, points in zip(_palette(len(curves)), curves.values(), strict=True):
         parts.append(_curve(thin(points), color, x_scale, y_scale))
+    parts += _hover(curves, x_scale)
     keys = "".join(_key(color, name, points) for color, (name, points) in zip(COLORS * 9, curves.items(), strict=False))
     return (
         f"<figure><figcaption><b>{escape(title)}</b></figcaption>"
@@ -44,9 +46,12 @@ def line_chart(title: str, curves: Mapping[str, Points], bounds: tuple[float, fl
     )
 
 
-def busy_strip(rows: Mapping[str, Sequence[tuple[str, float, float]]], seconds: float) -> str:
-    """One row a worker: (method, start, end) in seconds from the strip's left edge; a colour for each method."""
-    methods = sorted({method for calls in rows.values() for method, _, _ in calls})
+def busy_strip(rows: Mapping[str, Sequence[tuple[str, float, float]]], seconds: float, main: Sequence[str] = ()) -> str:
+    """One row a worker: (method, start, end) in seconds from the strip's left edge; a colour for each method.
+
+    ``main`` are methods whose colours are the same on every page.
+    """
+    methods = [*main, *sorted({method for calls in rows.values() for method, _, _ in calls} - set(main))]
     colors = dict(zip(methods, _palette(len(methods)), strict=True))
     lines = []
     for name, calls in rows.items():
@@ -125,12 +130,26 @@ def _curve(points: Points, color: str, x: _Scale, y: _Scale) -> str:
             parts.append(f'<polyline class="curve" stroke="{color}" points="{pairs}"/>')
     if len(points) <= DOTS:
         parts += [
-            f'<circle cx="{x(at):.1f}" cy="{y(value):.1f}" r="2.2" fill="{color}">'
-            f"<title>step {at:g}: {value:.5g}</title></circle>"
+            f'<circle cx="{x(at):.1f}" cy="{y(value):.1f}" r="2.2" fill="{color}"/>'
             for at, value in points
             if value is not None
         ]
     return "".join(parts)
+
+
+def _hover(curves: Mapping[str, Points], x: _Scale) -> Iterator[str]:
+    """Columns over the plot, not drawn, that tell the pointer their step and each curve's value there."""
+    values = {name: {at: value for at, value in points if value is not None} for name, points in curves.items()}
+    steps = sorted({at for known in values.values() for at in known})
+    count = min(len(steps), HOVER_COLUMNS)
+    chosen = [steps[round(index * (len(steps) - 1) / max(count - 1, 1))] for index in range(count)]
+    edges = [LEFT, *((x(a) + x(b)) / 2 for a, b in pairwise(chosen)), RIGHT]
+    for at, left, right in zip(chosen, edges, edges[1:], strict=False):
+        lines = [f"step {at:,.0f}", *(f"{name} {short(known[at])}" for name, known in values.items() if at in known)]
+        yield (
+            f'<rect class="column" x="{left:.1f}" y="{TOP}" width="{right - left:.1f}" height="{BOTTOM - TOP}">'
+            f"<title>{'&#10;'.join(map(escape, lines))}</title></rect>"
+        )
 
 
 def _y_tick(tick: float, y: float, step: float) -> str:

@@ -84,6 +84,7 @@ class LiveConsole:
     """A progress bar over the steps, with the newest figures beside it."""
 
     def __init__(self, title: str, steps: int) -> None:
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
         from rich.table import Column
 
@@ -93,6 +94,7 @@ class LiveConsole:
             MofNCompleteColumn(table_column=Column(min_width=width)),
             TimeElapsedColumn(table_column=Column(min_width=7)),
             TextColumn("{task.fields[figures]}\n{task.fields[phase]}", markup=False),
+            console=Console(),
         )
         self._progress.console.print(title, markup=False, highlight=False)
         self._progress.start()

@@ -12,6 +12,7 @@ from typing import Any
 from asystem.tracking.charts import busy_strip, line_chart
 from asystem.tracking.rollouts import read_rollouts, steps_written
 from asystem.tracking.run_dir import write_whole
+from asystem.tracking.timeline import ROLES
 
 STRIP_SECONDS = 30.0
 STRIP_ROWS = 32
@@ -24,7 +25,8 @@ CHARTS: tuple[tuple[str, tuple[str, ...], tuple[float, float] | None], ...] = (
     ("Reward of trained rollouts", ("reward/mean",), None),
     ("Held-out accuracy", ("eval/*/accuracy",), (0.0, 1.0)),
     ("Staleness of trained tokens, weight versions", ("rollout/staleness_max", "rollout/staleness_mean"), None),
-    ("|log p_train - log p_infer|", ("mismatch/logprob_diff_max", "mismatch/logprob_diff_mean"), None),
+    ("|log p_train - log p_infer|, mean over tokens", ("mismatch/logprob_diff_mean",), None),
+    ("|log p_train - log p_infer|, largest", ("mismatch/logprob_diff_max",), None),
     (
         "p_train / p_infer before masking",
         ("mismatch/ratio_p01", "mismatch/ratio_p50", "mismatch/ratio_p99"),
@@ -55,6 +57,7 @@ h1 { font-size: 22px; margin: 0 0 4px; } h2 { font-size: 17px; margin: 32px 0 12
 figure { margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 10px 12px; }
 figcaption { font-size: 13px; display: flex; flex-wrap: wrap; gap: 4px 14px; } figcaption b { color: var(--ink); }
 svg { width: 100%; height: auto; display: block; } svg text { font-size: 11px; fill: var(--dim); }
+svg .column { fill: transparent; } svg .column:hover { fill: var(--ink); opacity: 0.08; }
 svg .grid { stroke: var(--line); } svg .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .strips { display: grid; grid-template-columns: max-content 1fr; gap: 2px 12px; margin-bottom: 6px; }
 .who { font-size: 13px; line-height: 22px; } svg.strip { height: 22px; background: var(--paper); }
@@ -143,7 +146,7 @@ def _strip(run_dir: Path) -> str:
     shown = dict(list(rows.items())[:STRIP_ROWS])
     span = max(end - begin, 1e-6)
     hint = '<p class="dim">The whole run: open timeline.json in ui.perfetto.dev.</p>'
-    return f"<h2>Who was busy: the last {span:.0f} s{hidden}</h2>{busy_strip(shown, span)}{hint}"
+    return f"<h2>Who was busy: the last {span:.0f} s{hidden}</h2>{busy_strip(shown, span, tuple(ROLES))}{hint}"
 
 
 def _samples(run_dir: Path) -> str:

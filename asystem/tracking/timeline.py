@@ -9,7 +9,7 @@ from typing import Any
 
 from asystem.types import CallRecord
 
-MAX_EVENTS = 100_000  # the newest are kept: about 15 MB of JSON
+MAX_EVENTS = 100_000  # of each kind; the newest are kept: calls are about 15 MB of JSON then
 
 # The methods whose overlap the design is about; everything else (weights, checkpoints) counts for its group only.
 ROLES = {"decode": "generation", "update": "training", "score": "reward"}
@@ -19,11 +19,12 @@ Intervals = list[tuple[float, float]]
 
 
 class Timeline:
-    """Collects calls and instants, bounded in number."""
+    """Collects calls, instants and counters, bounded in number."""
 
     def __init__(self, max_events: int = MAX_EVENTS) -> None:
         self.calls: deque[CallRecord] = deque(maxlen=max_events)
         self._instants: deque[tuple[float, str, dict[str, Any]]] = deque(maxlen=max_events)
+        self._counts: deque[tuple[float, str, float]] = deque(maxlen=max_events)
         self._seen = 0
 
     def add(self, record: CallRecord) -> None:
@@ -36,9 +37,14 @@ class Timeline:
         """Adds an instant of the controller; ``time`` in seconds since the epoch."""
         self._instants.append((time, name, fields))
 
+    def count(self, time: float, name: str, value: float) -> None:
+        """Adds a point of the curve ``name``, which a viewer draws above the workers."""
+        self._counts.append((time, name, value))
+
     def trace(self) -> dict[str, Any]:
         """The trace: a process for each group, a thread for each rank, times in µs since the first event."""
-        zero = min((*(call.start for call in self.calls), *(time for time, _, _ in self._instants)), default=0.0)
+        points = [event[0] for event in (*self._instants, *self._counts)]
+        zero = min((*(call.start for call in self.calls), *points), default=0.0)
         groups = {group: pid for pid, group in enumerate(sorted({call.group for call in self.calls}), start=1)}
         events = [_named("process_name", 0, 0, "controller")]
         events += [_named("process_name", pid, 0, group) for group, pid in groups.items()]
@@ -48,6 +54,10 @@ class Timeline:
         events += [
             {"name": name, "ph": "i", "s": "g", "ts": _micros(time - zero), "pid": 0, "tid": 0, "args": fields}
             for time, name, fields in self._instants
+        ]
+        events += [
+            {"name": name, "ph": "C", "ts": _micros(time - zero), "pid": 0, "args": {"value": value}}
+            for time, name, value in self._counts
         ]
         dropped = self._seen - len(self.calls)
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -69,6 +70,8 @@ class Tracker:
         self._metrics.write(json.dumps(line, allow_nan=False) + "\n")
         self._metrics.flush()
         self._wandb.log(step, metrics)
+        if math.isfinite(metrics.get("reward/mean", math.nan)):
+            self._timeline.count(now, "reward/mean", metrics["reward/mean"])
         self._accuracy += [value for name, value in metrics.items() if is_accuracy(name)]
         self._step, self._logged, self._logged_tokens = step, now, self._tokens
         self._seconds.clear()
@@ -86,7 +89,9 @@ class Tracker:
     def progress(self, *, tokens: int, phase: str, in_flight: int = 0) -> None:
         """Shows what goes on between two steps. ``tokens`` counts all that the run has generated."""
         self._tokens = max(self._tokens, tokens)
-        seconds = time.time() - self._logged
+        now = time.time()
+        self._timeline.count(now, "rollouts in flight", in_flight)
+        seconds = now - self._logged
         rate = (self._tokens - self._logged_tokens) / seconds if seconds > 0.5 else 0.0  # too soon to tell before
         figures = [phase]
         figures += [f"{in_flight} in flight"] if in_flight else []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from asystem.tracking import write_report
-from asystem.tracking.charts import line_chart, short, thin, ticks
+from asystem.tracking.charts import COLORS, busy_strip, line_chart, short, thin, ticks
 
 HOSTILE = '<script>alert("x")</script> & 3<4='
 
@@ -103,7 +103,13 @@ def test_curves_lie_where_the_numbers_say(run_dir: Path) -> None:
     assert figure is not None
     # The plot spans x 52..410 for steps 0..30 and y 166..8 for accuracy 0..1.
     assert 'points="52.0,126.5 410.0,47.5"' in figure[0]
-    assert "<title>step 30: 0.75</title>" in figure[0]
+    # Two steps have values: the pointer finds either in the half of the plot that is nearer to it.
+    assert re.findall(
+        r'<rect class="column" x="([^"]*)" y="8" width="([^"]*)" height="158"><title>(.*?)<', figure[0]
+    ) == [
+        ("52.0", "179.0", "step 0&#10;eval/sort/accuracy 0.25"),
+        ("231.0", "179.0", "step 30&#10;eval/sort/accuracy 0.75"),
+    ]
     assert "eval/sort/accuracy <b>0.75</b>" in figure[0]
 
 
@@ -165,6 +171,19 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
 def test_gaps_split_a_curve() -> None:
     chart = line_chart("t", {"a": [(0, 0.0), (1, 1.0), (2, None), (3, 0.0), (4, 1.0)]})
     assert re.findall(r'points="([^"]*)"', chart) == ["52.0,166.0 141.5,8.0", "320.5,166.0 410.0,8.0"]
+
+
+def test_the_pointer_finds_at_most_120_steps_the_first_and_the_last_among_them() -> None:
+    chart = line_chart("t", {"a": [(step, 1.0) for step in range(1, 1001)], "b<": [(1000, 2.0)]})
+    titles = re.findall(r"<title>(.*?)</title>", chart)
+    assert len(titles) == 120
+    assert titles[0] == "step 1&#10;a 1" and titles[-1] == "step 1,000&#10;a 1&#10;b&lt; 2"
+
+
+def test_main_methods_have_the_same_colours_whatever_else_ran() -> None:
+    rows = {"generators 0": [("a", 0.0, 1.0), ("update", 1.0, 2.0)]}
+    colors = re.findall(r'fill="([^"]*)"><title>(\w+):', busy_strip(rows, 2.0, ("decode", "update")))
+    assert colors == [(COLORS[2], "a"), (COLORS[1], "update")]
 
 
 def test_long_curves_keep_their_peaks() -> None:

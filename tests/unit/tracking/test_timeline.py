@@ -71,6 +71,7 @@ def test_a_trace_has_a_process_for_each_group_and_a_thread_for_each_rank() -> No
     for record in CALLS[2:5]:
         timeline.add(record)
     timeline.mark(103.5, "weights", {"version": 2})
+    timeline.count(104.0, "rollouts in flight", 64)
     events = timeline.trace()["traceEvents"]
     processes = {event["args"]["name"]: event["pid"] for event in events if event["name"] == "process_name"}
     assert processes == {"controller": 0, "generators": 1, "trainers": 2}
@@ -87,6 +88,8 @@ def test_a_trace_has_a_process_for_each_group_and_a_thread_for_each_rank() -> No
     assert complete[0]["args"] == {"queue_seconds": 0.5}
     (instant,) = [event for event in events if event["ph"] == "i"]
     assert (instant["name"], instant["ts"], instant["args"]) == ("weights", 3.5e6, {"version": 2})
+    (counter,) = [event for event in events if event["ph"] == "C"]
+    assert (counter["name"], counter["ts"], counter["args"]) == ("rollouts in flight", 4e6, {"value": 64})
 
 
 def test_a_long_run_keeps_its_newest_calls_and_says_so() -> None:
@@ -94,9 +97,11 @@ def test_a_long_run_keeps_its_newest_calls_and_says_so() -> None:
     for index in range(10):
         timeline.add(call("generators", f"call{index}", 100 + index, 101 + index))
         timeline.mark(100 + index, f"mark{index}", {})
+        timeline.count(100 + index, "reward/mean", index)
     trace = timeline.trace()
     assert [e["name"] for e in trace["traceEvents"] if e["ph"] == "X"] == ["call7", "call8", "call9"]
     assert [e["name"] for e in trace["traceEvents"] if e["ph"] == "i"] == ["mark7", "mark8", "mark9"]
+    assert [e["args"]["value"] for e in trace["traceEvents"] if e["ph"] == "C"] == [7, 8, 9]
     assert trace["otherData"] == {"started": 107, "calls_kept": 3, "calls_dropped_oldest": 7}
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +192,45 @@ def test_lines_of_a_console_that_is_no_terminal(
         "demo finished: held-out accuracy 0.250 -> 0.750, 7 steps, 61.3 s, 12,345 tokens generated, "
         f"overlap generation/training 50%; {tmp_path / 'report.html'}"
     )
+
+
+class Terminal(io.StringIO):
+    """A standard output on which rich draws."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar_and_the_newest_figures(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.tracking.console = True
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    for name, value in {"TERM": "xterm", "COLUMNS": "120", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    tracker = Tracker(config, tmp_path)
+    tracker.log(3, 3, {"reward/mean": 0.5, "eval/sort/accuracy": 0.75})
+    tracker.progress(tokens=100, phase="rollouts [1]", in_flight=64)  # brackets are text, not markup
+    deadline = time.monotonic() + 30  # it draws ten times a second
+    while "rollouts [1], 64 in flight" not in terminal.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "rollouts [1], 64 in flight" in terminal.getvalue()
+    tracker.finish("interrupted", {})
+    shown = terminal.getvalue()
+    assert f"demo: 12 steps, run folder {tmp_path}" in re.sub(r"\n", "", shown)
+    assert re.search(r" 3/12 .*accuracy 0\.750  reward 0\.500", shown)
+    assert "demo interrupted: held-out accuracy 0.750 -> 0.750, 3 steps" in shown.splitlines()[-1]
+
+
+def test_the_timeline_follows_rewards_and_rollouts_in_flight(config: Config, tmp_path: Path) -> None:
+    tracker = Tracker(config, tmp_path)
+    tracker.progress(tokens=10, phase="rollouts", in_flight=48)
+    tracker.log(1, 1, {"reward/mean": 0.5})
+    tracker.log(2, 2, {"reward/mean": math.nan})
+    tracker.finish("finished", {})
+    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    counters = [(event["name"], event["args"]["value"]) for event in events if event["ph"] == "C"]
+    assert counters == [("rollouts in flight", 48), ("reward/mean", 0.5)]
 
 
 def test_folders_of_one_second_differ_and_latest_moves(
