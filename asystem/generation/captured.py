@@ -83,6 +83,7 @@ class CapturedRunner:
         addresses = [parameter.data_ptr() for parameter in self._parameters]
         if addresses != self._addresses:
             self._graphs.clear()
+            self._pool = None  # it went with the last graph
             self._addresses = addresses
 
     def _graph(self, batch: int, sharing: _Sharing) -> torch.cuda.CUDAGraph:

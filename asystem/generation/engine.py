@@ -178,7 +178,7 @@ class Engine:
 
     def _steps_allowed(self, done: Decoded, max_tokens: int | None, counts: BudgetCounts, max_steps: int | None) -> int:
         """Decode steps that the runner may make unseen: no budget is reached before the last of them."""
-        bounds = [self.runner.run_ahead]
+        bounds = [min(self.runner.run_ahead, max(1, self.scheduler.most_steps))]
         if max_steps is not None:
             bounds.append(max_steps - done.steps)
         if max_tokens is not None and counts is BudgetCounts.generated:

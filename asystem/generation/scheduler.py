@@ -72,6 +72,7 @@ class Scheduler:
         self.paused: list[Sequence] = []
         self.lengths = np.zeros(max_running, np.int64)  # tokens of each row, the newest included
         self.prompt_lengths = np.zeros(max_running, np.int64)
+        self._ends = np.zeros(max_running, np.int64)  # tokens that each row has at most
         self._room = np.zeros(max_running, np.int64)  # tokens that fit into each row's blocks
         self._prompts: dict[int, list[int]] = {}  # group -> blocks of its prompt that a later sample can share
 
@@ -100,6 +101,7 @@ class Scheduler:
             row = len(self.running)
             self.running.append(sequence)
             self.lengths[row], self.prompt_lengths[row] = sequence.length, sequence.prompt_length
+            self._ends[row] = sequence.prompt_length + sequence.request.params.max_new_tokens
             self._room[row] = len(sequence.blocks) * self.pool.block_size
         return admission
 
@@ -160,8 +162,7 @@ class Scheduler:
         needed = self.lengths[:num_rows] + (steps - 1)
         for row in np.flatnonzero(needed > self._room[:num_rows]).tolist():
             sequence = self.running[row]
-            longest = sequence.prompt_length + sequence.request.params.max_new_tokens
-            target = self.pool.blocks_for(min(int(needed[row]), longest))
+            target = self.pool.blocks_for(min(int(needed[row]), int(self._ends[row])))
             while sequence.state is State.RUNNING and len(sequence.blocks) < target:
                 if self.pool.num_free == 0:
                     if not self._evict():
@@ -173,6 +174,12 @@ class Scheduler:
                 sequence.blocks.append(growth.blocks[-1])
             self._room[row] = len(sequence.blocks) * self.pool.block_size
         return growth
+
+    @property
+    def most_steps(self) -> int:
+        """Steps after which no running sequence is left, whatever it draws."""
+        num_rows = len(self.running)
+        return int((self._ends[:num_rows] - self.lengths[:num_rows]).max(initial=0))
 
     def has_room(self, steps: int) -> bool:
         """Whether `reserve` finds free blocks for all running sequences, whatever their lengths."""
@@ -203,7 +210,7 @@ class Scheduler:
         moves = list(zip(movers, sorted(row for row in gone if row < num_left), strict=True))
         for source, destination in moves:
             self.running[destination] = self.running[source]
-            for column in (self.lengths, self.prompt_lengths, self._room):
+            for column in (self.lengths, self.prompt_lengths, self._ends, self._room):
                 column[destination] = column[source]
         del self.running[num_left:]
         return moves

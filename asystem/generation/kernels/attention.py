@@ -1,7 +1,7 @@
 """Paged, grouped-query attention of one new token a sequence, split over the keys' length.
 
 Samples of one group share the blocks of their prompt. A *crowd* is up to `CROWD` such rows; one program reads the
-shared blocks once for all of them, others read what each row has alone, and a second launch joins the parts by their
+shared blocks once for all of them, others read what each row has alone, and the parts are joined by their
 softmax sums. Without crowds or splits there is one part a row and no second launch.
 """
 
@@ -49,11 +49,14 @@ def _attend_kernel(
     q_stride, table_stride, num_rows, scale,
     SPLITS: tl.constexpr, CROWD_SPLITS: tl.constexpr, CROWDS: tl.constexpr, CROWD: tl.constexpr,
     GROUP: tl.constexpr, M: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, N: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, N: tl.constexpr, DIRECT: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+        # A launch that adds the crowds' parts starts beside the launch that computes them, which has waited for all
+        # that came before: it waits for it when it needs those parts, at its end.
+        if not ADDS:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     kv_head, item = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, M)
@@ -73,13 +76,15 @@ def _attend_kernel(
         stop = tl.load(lengths + row)
         member = tl.where(lane < GROUP, row, -1).to(tl.int32)
         begin = stop * 0
-        if CROWD_SPLITS > 0:
+        if CROWD_SPLITS > 0 or ADDS > 0:
             begin = tl.minimum(tl.load(skip + row), stop)
         span = tl.cdiv(tl.cdiv(stop - begin, SPLITS), N) * N
         begin += split * span
     end = tl.minimum(begin + span, stop)
     if begin >= end:
-        return  # the joining launch knows from the same numbers that this part is empty
+        if OVERLAP and ADDS > 0:
+            tl.extra.cuda.gdc_wait()
+        return  # who joins the parts knows from the same numbers that this one is empty
     columns = tl.arange(0, HEAD_PAD)
     column_mask = columns < HEAD
     head = kv_head * GROUP + lane % GROUP
@@ -109,6 +114,26 @@ def _attend_kernel(
         acc = acc * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
         peak = new_peak
     place = member.to(tl.int64) * (KV_HEADS * GROUP) + head
+    if ADDS > 0:
+        if OVERLAP:
+            tl.extra.cuda.gdc_wait()
+        shared = tl.minimum(tl.load(skip + row), tl.load(lengths + row))
+        part_span = tl.cdiv(tl.cdiv(shared, ADDS), N) * N
+        for other in tl.static_range(ADDS):
+            there = real & (lane < tl.where(other * part_span < shared, M, 0))
+            part = other * num_rows * (KV_HEADS * GROUP) + place
+            part_peak = tl.load(part_max + part, mask=there, other=-1.0e30)
+            part_total = tl.load(part_sum + part, mask=there, other=0.0)
+            mean = tl.load(
+                part_acc + part[:, None] * HEAD + columns[None, :],
+                mask=there[:, None] & column_mask[None, :],
+                other=0.0,
+            )
+            new_peak = tl.maximum(peak, part_peak)
+            fade, gain = tl.exp2(peak - new_peak), tl.exp2(part_peak - new_peak)
+            total = total * fade + part_total * gain
+            acc = acc * fade[:, None] + mean.to(tl.float32) * (part_total * gain)[:, None]
+            peak = new_peak
     if DIRECT:
         result = (acc / total[:, None]).to(out.dtype.element_ty)
         tl.store(out + place[:, None] * HEAD + columns[None, :], result, mask=real[:, None] & column_mask[None, :])
@@ -185,24 +210,33 @@ def decode_attention(
     num_crowds = 0 if crowds is None else len(crowds.shared)
     if crowds is None:
         crowd_splits = 0
+    apart = crowds is not None and splits == 1
     direct = crowds is None and splits == 1
-    parts = crowd_splits + splits
     if direct:
         acc = total = peak = out
     else:
+        parts = crowd_splits + (0 if apart else splits)
         acc = q.new_empty(parts, rows, num_heads, head)
         total, peak = torch.empty(2, parts, rows, num_heads, dtype=torch.float32, device=q.device).unbind()
     skip, members, shared = (lengths,) * 3 if crowds is None else (crowds.skip, crowds.rows, crowds.shared)
-    lanes = max(16, triton.next_power_of_2(group * (1 if crowds is None else CROWD)))
     pad, overlap = triton.next_power_of_2(head), overlaps(q.device)
-    _attend_kernel[(kv_heads, num_crowds * crowd_splits + rows * splits)](
-        q, keys, values, table, lengths, skip, members, shared, out, acc, total, peak,
-        q.stride(0), table.stride(0), rows, head**-0.5 * 1.4426950408889634,
-        SPLITS=splits, CROWD_SPLITS=crowd_splits, CROWDS=num_crowds, CROWD=CROWD, GROUP=group, M=lanes,
-        KV_HEADS=kv_heads, HEAD=head, HEAD_PAD=pad, BLOCK_SIZE=block_size, N=tiling.keys, DIRECT=direct,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # it only concerns float32
-        OVERLAP=overlap, num_warps=tiling.warps, num_stages=tiling.stages, launch_pdl=overlap,
-    )  # fmt: skip
+
+    def launch(num_crowds: int, crowd_splits: int, splits: int, direct: bool, adds: int) -> None:
+        lanes = max(16, triton.next_power_of_2(group * (CROWD if num_crowds else 1)))
+        _attend_kernel[(kv_heads, num_crowds * crowd_splits + rows * splits)](
+            q, keys, values, table, lengths, skip, members, shared, out, acc, total, peak,
+            q.stride(0), table.stride(0), rows, head**-0.5 * 1.4426950408889634,
+            SPLITS=max(splits, 1), CROWD_SPLITS=crowd_splits, CROWDS=num_crowds, CROWD=CROWD, GROUP=group, M=lanes,
+            KV_HEADS=kv_heads, HEAD=head, HEAD_PAD=pad, BLOCK_SIZE=block_size, N=tiling.keys, DIRECT=direct, ADDS=adds,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # it only concerns float32
+            OVERLAP=overlap, num_warps=tiling.warps, num_stages=tiling.stages, launch_pdl=overlap,
+        )  # fmt: skip
+
+    if apart:
+        launch(num_crowds, crowd_splits, 0, direct=False, adds=0)
+        launch(0, 0, 1, direct=True, adds=crowd_splits)
+        return out
+    launch(num_crowds, crowd_splits, splits, direct, adds=0)
     if not direct:
         heads_pad = min(4, triton.next_power_of_2(num_heads))
         _join_kernel[(rows, triton.cdiv(num_heads, heads_pad))](
