@@ -12,6 +12,7 @@ COLORS = ("#2f6fde", "#d9622b", "#2a9d6f", "#9a4fcf", "#b8860b", "#c2185b", "#0e
 WIDTH, HEIGHT = 420, 206
 LEFT, RIGHT, TOP, BOTTOM = 52, 410, 8, 166  # of the plot within it
 DOTS = 60  # a curve of at most so many points shows each
+SMOOTHED = 200  # a curve of more points is drawn faint, with its moving mean over it
 HOVER_COLUMNS = 120  # at most so many steps tell their values to the pointer
 MAX_POINTS = 600  # of a curve; of more, each stretch keeps its lowest and its highest
 
@@ -36,7 +37,9 @@ def line_chart(title: str, curves: Mapping[str, Points], bounds: tuple[float, fl
     parts += [_x_tick(tick, x_scale(tick)) for tick in x_ticks]
     parts.append(f'<text x="{(LEFT + RIGHT) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">optimizer step</text>')
     for color, points in zip(_palette(len(curves)), curves.values(), strict=True):
-        parts.append(_curve(thin(points), color, x_scale, y_scale))
+        is_long = len(points) > SMOOTHED
+        parts.append(_curve(thin(points), color, x_scale, y_scale, "curve faint" if is_long else "curve"))
+        parts += [_curve(thin(smooth(points)), color, x_scale, y_scale)] if is_long else []
     parts += _hover(curves, x_scale)
     keys = "".join(_key(color, name, points) for color, (name, points) in zip(COLORS * 9, curves.items(), strict=False))
     return (
@@ -88,9 +91,19 @@ def thin(points: Points) -> Points:
     kept: list[tuple[float, float | None]] = []
     for start in range(0, len(points), size):
         known = [(x, y) for x, y in points[start : start + size] if y is not None]
-        if known:
-            kept += sorted({min(known, key=lambda point: point[1]), max(known, key=lambda point: point[1])})
+        extremes = {min(known, key=lambda point: point[1]), max(known, key=lambda point: point[1])} if known else set()
+        kept += sorted(extremes) or [(points[start][0], None)]
     return kept
+
+
+def smooth(points: Points) -> Points:
+    """The mean of each point and its neighbours, a fiftieth of the curve in all; gaps stay."""
+    half = len(points) // 100
+    result: list[tuple[float, float | None]] = []
+    for index, (x, y) in enumerate(points):
+        near = [value for _, value in points[max(0, index - half) : index + half + 1] if value is not None]
+        result.append((x, None if y is None else sum(near) / len(near)))
+    return result
 
 
 def short(value: float, step: float | None = None) -> str:
@@ -122,12 +135,12 @@ def _with_zero(low: float, high: float) -> tuple[float, float]:
     return (low, 0.0) if high < 0 and high > 0.6 * low else (low, high)
 
 
-def _curve(points: Points, color: str, x: _Scale, y: _Scale) -> str:
+def _curve(points: Points, color: str, x: _Scale, y: _Scale, look: str = "curve") -> str:
     parts = []
     for known, stretch in groupby(points, key=lambda point: point[1] is not None):
         if known:
             pairs = " ".join(f"{x(at):.1f},{y(value):.1f}" for at, value in stretch if value is not None)
-            parts.append(f'<polyline class="curve" stroke="{color}" points="{pairs}"/>')
+            parts.append(f'<polyline class="{look}" stroke="{color}" points="{pairs}"/>')
     if len(points) <= DOTS:
         parts += [
             f'<circle cx="{x(at):.1f}" cy="{y(value):.1f}" r="2.2" fill="{color}"/>'
@@ -160,9 +173,10 @@ def _y_tick(tick: float, y: float, step: float) -> str:
 
 
 def _x_tick(tick: float, x: float) -> str:
+    place, anchor = (WIDTH, "end") if x > RIGHT - 12 else (x, "middle")
     return (
         f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{BOTTOM}" y2="{BOTTOM + 4}"/>'
-        f'<text x="{x:.1f}" y="{BOTTOM + 18}" text-anchor="middle">{tick:,.0f}</text>'
+        f'<text x="{place:.1f}" y="{BOTTOM + 18}" text-anchor="{anchor}">{tick:,.0f}</text>'
     )
 
 

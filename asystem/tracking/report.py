@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from asystem.tracking.charts import busy_strip, line_chart
+from asystem.tracking.charts import SMOOTHED, busy_strip, line_chart
 from asystem.tracking.rollouts import read_rollouts, steps_written
 from asystem.tracking.run_dir import write_whole
 from asystem.tracking.timeline import ROLES
@@ -59,6 +59,7 @@ figcaption { font-size: 13px; display: flex; flex-wrap: wrap; gap: 4px 14px; } f
 svg { width: 100%; height: auto; display: block; } svg text { font-size: 11px; fill: var(--dim); }
 svg .column { fill: transparent; } svg .column:hover { fill: var(--ink); opacity: 0.08; }
 svg .grid { stroke: var(--line); } svg .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+svg .faint { stroke-width: 1; opacity: 0.35; }
 .strips { display: grid; grid-template-columns: max-content 1fr; gap: 2px 12px; margin-bottom: 6px; }
 .who { font-size: 13px; line-height: 22px; } svg.strip { height: 22px; background: var(--paper); }
 svg.axis { background: none; }
@@ -125,7 +126,9 @@ def _curves(run_dir: Path) -> str:
             name: [(row["step"], row[name]) for row in rows if name in row and _is_shown(row, name)] for name in shown
         }
         charts.append(line_chart(title, curves, bounds))
-    return f'<h2>Curves</h2><div class="charts">{"".join(charts)}</div>'
+    hint = "Over each long curve, drawn faint, stands its moving mean over a fiftieth of the run."
+    note = f'<p class="dim">{hint}</p>' if len(rows) > SMOOTHED else ""
+    return f'<h2>Curves</h2>{note}<div class="charts">{"".join(charts)}</div>'
 
 
 def _strip(run_dir: Path) -> str:
@@ -150,7 +153,7 @@ def _strip(run_dir: Path) -> str:
 
 
 def _samples(run_dir: Path) -> str:
-    cards = "".join(_sample(rollout) for rollout in _pick(run_dir))
+    cards = [_sample(rollout) for rollout in _pick(run_dir)]
     if not cards:
         return ""
     legend = (
@@ -158,7 +161,7 @@ def _samples(run_dir: Path) -> str:
         "less. Outlined: masked by the correction. A bar on the left: sampled under newer weights than the token "
         "before. The pointer shows the figures.</p>"
     )
-    return f"<h2>{SAMPLES} trained rollouts, early to late</h2>{legend}{cards}"
+    return f"<h2>{len(cards)} trained rollouts, early to late</h2>{legend}{''.join(cards)}"
 
 
 def _pick(run_dir: Path) -> Iterator[dict[str, Any]]:

@@ -72,7 +72,8 @@ class Tracker:
         self._wandb.log(step, metrics)
         if math.isfinite(metrics.get("reward/mean", math.nan)):
             self._timeline.count(now, "reward/mean", metrics["reward/mean"])
-        self._accuracy += [value for name, value in metrics.items() if is_accuracy(name)]
+        accuracies = [value for name, value in metrics.items() if is_accuracy(name)]
+        self._accuracy += [sum(accuracies) / len(accuracies)] if accuracies else []  # the mean over tasks
         self._step, self._logged, self._logged_tokens = step, now, self._tokens
         self._seconds.clear()
         self._console.step(step, metrics)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -119,22 +118,3 @@ def environ_of(pid: int) -> str:
         return Path(f"/proc/{pid}/environ").read_text(errors="replace")
     except OSError:
         return ""
-
-
-def test_two_nodes_by_torchrun_train_five_steps(recipe: Path, environment: dict[str, str]) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = environment | {"NNODES": "2", "MASTER_PORT": str(port), "PYTHON": sys.executable}
-    overrides = ["recipe=larger", "runtime=ray", "placement.spread=true", "steps=5", "training.warmup.steps=2"]
-    nodes = [
-        subprocess.Popen(
-            [str(ROOT / "launch" / "torchrun.sh"), *overrides], cwd=recipe.parent.parent, text=True,
-            env=shared | {"NODE_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    texts = [node.communicate(timeout=200)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(texts)
-    assert summary(recipe)["steps"] == 5
-    assert len(list((recipe.parent.parent / "runs" / "larger").glob("2*"))) == 1  # one controller, one run

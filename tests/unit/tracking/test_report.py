@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from asystem.tracking import write_report
-from asystem.tracking.charts import COLORS, busy_strip, line_chart, short, thin, ticks
+from asystem.tracking.charts import COLORS, busy_strip, line_chart, short, smooth, thin, ticks
 
 HOSTILE = '<script>alert("x")</script> & 3<4='
 
@@ -184,6 +184,21 @@ def test_main_methods_have_the_same_colours_whatever_else_ran() -> None:
     rows = {"generators 0": [("a", 0.0, 1.0), ("update", 1.0, 2.0)]}
     colors = re.findall(r'fill="([^"]*)"><title>(\w+):', busy_strip(rows, 2.0, ("decode", "update")))
     assert colors == [(COLORS[2], "a"), (COLORS[1], "update")]
+
+
+def test_a_long_curve_stands_faint_behind_its_moving_mean() -> None:
+    points = [(float(step), float(step % 2)) for step in range(300)]  # 0, 1, 0, 1, ...
+    means = [value for _, value in smooth(points)]
+    assert means[10] == 4 / 7 and means[11] == 3 / 7  # of 3 neighbours on each side
+    assert means[0] == 2 / 4  # the ends have fewer
+    assert re.findall(r'<polyline class="(.*?)"', line_chart("t", {"a": points})) == ["curve faint", "curve"]
+    assert smooth([(0.0, 1.0), (1.0, None), (2.0, 3.0)]) == [(0.0, 1.0), (1.0, None), (2.0, 3.0)]
+
+
+def test_long_curves_keep_their_gaps() -> None:
+    points = [(float(step), None if 5000 <= step < 6000 else 1.0) for step in range(10_000)]
+    assert sum(value is None for _, value in thin(points)) >= 25
+    assert len(thin(points)) <= 600
 
 
 def test_long_curves_keep_their_peaks() -> None:

@@ -143,6 +143,14 @@ def test_summary_counts_what_was_logged(config: Config, tmp_path: Path) -> None:
     assert (tmp_path / "report.html").is_file() and (tmp_path / "timeline.json").is_file()
 
 
+def test_the_accuracy_of_several_tasks_is_their_mean(config: Config, tmp_path: Path) -> None:
+    tracker = Tracker(config, tmp_path)
+    tracker.log(0, 0, {"eval/sort/accuracy": 0.25, "eval/add/accuracy": 0.0})
+    tracker.log(1, 1, {"eval/sort/accuracy": 1.0, "eval/add/accuracy": 0.5})
+    summary = tracker.finish("finished", {})
+    assert (summary["eval_first"], summary["eval_last"]) == (0.125, 0.75)
+
+
 def test_finish_is_idempotent(config: Config, tmp_path: Path) -> None:
     tracker = Tracker(config, tmp_path)
     first = tracker.finish("interrupted", {"steps": 0})
