@@ -37,11 +37,12 @@ def test_greedy_equals_generate(tmp_path: Path, kv_tokens: int | None) -> None:
     )
     finished = engine.decode().finished
     assert len(finished) == 18
-    for t in finished:
-        prompt = torch.from_numpy(t.prompt_tokens).long()[None]
+    for group, tokens in enumerate(prompts):
+        prompt = torch.from_numpy(tokens).long()[None]
         want = reference.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=30, do_sample=False,
             eos_token_id=STOP, pad_token_id=0,
         )  # fmt: skip
-        assert t.tokens.tolist() == want[0, prompt.shape[1] :].tolist()
+        samples = [t.tokens.tolist() for t in finished if t.group == group]
+        assert samples == [want[0, prompt.shape[1] :].tolist()] * 3
     assert {t.finish for t in finished} == {Finish.STOP, Finish.LENGTH}
