@@ -160,6 +160,7 @@ def closing_line(recipe: str, summary: Mapping[str, Any], page: Path) -> str:
     shares = {"training": summary["overlap"]["generation_training"], "reward": summary["overlap"]["generation_reward"]}
     shown = [f"generation/{name} {share:.0%}" for name, share in shares.items() if share is not None]
     overlapped = f", overlap {' '.join(shown)}" if shown else ""
+    page = page.relative_to(Path.cwd()) if page.is_relative_to(Path.cwd()) else page
     return (
         f"{recipe} {summary['status']}: {accuracy}{summary['steps']} steps, {summary['wall_seconds']:.1f} s, "
         f"{summary['tokens_generated']:,} tokens generated{overlapped}; {page}"

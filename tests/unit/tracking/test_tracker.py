@@ -19,6 +19,7 @@ from asystem.config import Config, WandbMode
 from asystem.errors import ConfigError
 from asystem.tracking import Tracker, is_timing, new_run_dir
 from asystem.tracking import tracker as tracker_module
+from asystem.tracking.tracker import closing_line
 from asystem.tracking.wandb_run import WandbRun, choose, has_key, is_installed
 from asystem.types import CallRecord
 
@@ -149,6 +150,18 @@ def test_the_accuracy_of_several_tasks_is_their_mean(config: Config, tmp_path: P
     tracker.log(1, 1, {"eval/sort/accuracy": 1.0, "eval/add/accuracy": 0.5})
     summary = tracker.finish("finished", {})
     assert (summary["eval_first"], summary["eval_last"]) == (0.125, 0.75)
+
+
+def test_the_closing_line_names_the_page_as_seen_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = {"eval_first": 0.25, "eval_last": 0.5, "status": "finished", "steps": 3, "wall_seconds": 1.25}
+    summary |= {"tokens_generated": 4321, "overlap": {"generation_training": 0.5, "generation_reward": None}}
+    page = tmp_path / "runs" / "report.html"
+    assert str(page) in closing_line("r", summary, page)
+    monkeypatch.chdir(tmp_path)
+    assert closing_line("r", summary, page) == (
+        "r finished: held-out accuracy 0.250 -> 0.500, 3 steps, 1.2 s, 4,321 tokens generated, "
+        "overlap generation/training 50%; runs/report.html"
+    )
 
 
 def test_finish_is_idempotent(config: Config, tmp_path: Path) -> None:
