@@ -33,6 +33,7 @@ clean:
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[wandb]'
 	touch $@
 
-.venv/.dev: .venv/.installed
+.venv/.dev: .venv/.installed tests/oracle/requirements.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[wandb,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -r tests/oracle/requirements.txt
 	touch $@

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from asystem.errors import ConfigError
+from asystem.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from asystem.config import Config
 
 Rule = tuple[bool, str]
 """(is it broken?, what is wrong with which numbers, and the remedy)."""
+
+ADVANTAGES = ("grpo", "rloo", "reinforce", "reinforce++", "reinforce++baseline")
+BATCH_ADVANTAGES = ("reinforce", "reinforce++")
+SURROGATES = ("ppo", "gspo", "cispo", "reinforce")
+CORRECTIONS = ("none", "tis", "icepop", "kpop", "mis", "geometric")
+TOKEN_CORRECTIONS = ("tis", "icepop", "kpop")
 
 RAY_LEAST_STORE = 75 * 2**20  # bytes; Ray refuses a smaller object store
 
@@ -73,23 +79,63 @@ def _model(config: Config) -> Iterator[Rule]:
 
 def _algorithm(config: Config) -> Iterator[Rule]:
     algorithm = config.algorithm
+    least = 1 if algorithm.advantage in BATCH_ADVANTAGES else 2
     yield (
-        algorithm.group_size < 2,
-        f"algorithm.group_size={algorithm.group_size}: group advantages compare the samples of a prompt and need at "
-        "least 2",
+        algorithm.group_size < least,
+        f"algorithm.group_size={algorithm.group_size} is below {least}: group advantages compare the samples of a "
+        "prompt and need at least 2; advantage=reinforce and reinforce++ compare those of a batch",
     )
-    yield algorithm.advantage != "grpo", f'algorithm.advantage="{algorithm.advantage}" is unknown (known: grpo)'
+    for key, known in (("advantage", ADVANTAGES), ("surrogate", SURROGATES), ("correction", CORRECTIONS)):
+        name = getattr(algorithm, key)
+        yield ".py:" not in name and name not in known, f'algorithm.{key}="{name}" is unknown{nearest(name, known)}'
     yield (
         not 0 < algorithm.icepop_alpha < algorithm.icepop_beta,
         f"IcePop's band [{algorithm.icepop_alpha:g}, {algorithm.icepop_beta:g}] needs 0 < icepop_alpha < icepop_beta; "
         "Ring-1T used [0.5, 5]",
     )
-    yield _above("algorithm.tis_cap", algorithm.tis_cap, 0)
+    low, high = algorithm.geometric_band
+    yield (
+        not 0 < low <= 1 <= high,
+        f"algorithm.geometric_band=[{low:g}, {high:g}] must hold 1, the ratio of engines that agree",
+    )
+    for key in ("tis_cap", "kpop_phi", "mis_cap", "clip_high"):
+        yield _above(f"algorithm.{key}", getattr(algorithm, key), 0)
     yield not 0 < algorithm.clip_low < 1, f"algorithm.clip_low={algorithm.clip_low:g} must lie between 0 and 1"
-    yield _above("algorithm.clip_high", algorithm.clip_high, 0)
+    yield (
+        algorithm.dual_clip is not None and algorithm.dual_clip <= 1 + algorithm.clip_high,
+        f"algorithm.dual_clip={algorithm.dual_clip} must be above 1 + clip_high = {1 + algorithm.clip_high:g}, or null",
+    )
+    yield _at_least("algorithm.kl_coefficient", algorithm.kl_coefficient, 0)
+    yield _at_least("algorithm.entropy_coefficient", algorithm.entropy_coefficient, 0)
+    yield (
+        not 0 <= algorithm.overlong_buffer <= config.rollout.max_new_tokens,
+        f"algorithm.overlong_buffer={algorithm.overlong_buffer} must lie between 0 and rollout.max_new_tokens="
+        f"{config.rollout.max_new_tokens}",
+    )
     yield (
         algorithm.normalizer.value == "budget" and config.rollout.token_budget is None,
         "algorithm.normalizer=budget divides by rollout.token_budget, which is null; set it, or use response or token",
+    )
+    yield from _combinations(config)
+
+
+def _combinations(config: Config) -> Iterator[Rule]:
+    """What would be ignored, or count twice."""
+    algorithm = config.algorithm
+    yield (
+        algorithm.surrogate == "gspo" and algorithm.correction in TOKEN_CORRECTIONS,
+        f"algorithm.surrogate=gspo has one ratio a response, and algorithm.correction={algorithm.correction} masks or "
+        "weighs single tokens of it; use correction=none, mis or geometric",
+    )
+    yield (
+        algorithm.anchor.value == "behavior" and algorithm.correction != "none",
+        f"algorithm.anchor=behavior has p_train/p_infer in the surrogate's ratio already, and algorithm.correction="
+        f"{algorithm.correction} would count it twice; use correction=none or anchor=proximal",
+    )
+    yield (
+        algorithm.surrogate == "reinforce" and config.training.minibatches > 1,
+        f"algorithm.surrogate=reinforce has no ratio that tells training.minibatches={config.training.minibatches} "
+        "updates of a batch apart; use minibatches=1 or another surrogate",
     )
 
 

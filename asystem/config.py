@@ -27,15 +27,21 @@ class BudgetCounts(Enum):
     completed = "completed"  # whole lengths when rollouts finish (its Algorithm 1)
 
 
-class Correction(Enum):
-    none = "none"
-    tis = "tis"
-    icepop = "icepop"
+class Anchor(Enum):
+    proximal = "proximal"  # the weights before the batch's first update (decoupled PPO: k corrects the rest)
+    behavior = "behavior"  # the weights that sampled each token, as inference saw them (plain PPO)
+
+
+class KLEstimator(Enum):
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
 
 
 class Normalizer(Enum):
     response = "response"  # mean over each response's tokens, then over responses (GRPO, IcePop: 1/|y|)
     token = "token"  # mean over all tokens of the global batch
+    constant = "constant"  # sum over each response divided by rollout.max_new_tokens, mean over responses (Dr. GRPO)
     budget = "budget"  # sum over tokens divided by the constant token budget (C3PO: 1/Φ)
 
 
@@ -82,16 +88,29 @@ class DataConfig:
 
 @dataclass
 class AlgorithmConfig:
+    """`advantage`, `surrogate` and `correction` are names (docs/algorithms.md) or a recipe's own `file.py:function`."""
+
     group_size: int = 8  # samples per prompt (GRPO's G)
-    advantage: str = "grpo"
-    normalize_std: bool = True  # divide group advantages by their standard deviation
+    advantage: str = "grpo"  # grpo | rloo | reinforce | reinforce++ | reinforce++baseline
+    normalize_std: bool = True  # grpo: divide group advantages by their standard deviation
+    overlong_buffer: int = 0  # tokens before max_new_tokens in which the reward falls by up to 1 (DAPO); 0 = none
+    drop_equal_groups: bool = False  # leave groups of equal rewards out of batch and denominators (DAPO)
+    surrogate: str = "ppo"  # ppo | gspo | cispo | reinforce
+    anchor: Anchor = Anchor.proximal  # what the surrogate's ratio is taken against
     clip_low: float = 0.2  # ε of the clipped surrogate below 1
     clip_high: float = 0.2  # and above
-    correction: Correction = Correction.icepop
+    dual_clip: float | None = None  # bound of the ratio where the advantage is negative, above 1; null = none
+    correction: str = "icepop"  # none | tis | icepop | kpop | mis | geometric
     icepop_alpha: float = 0.5  # Ring-1T: keep tokens with α <= p_train/p_infer <= β
     icepop_beta: float = 5.0
     tis_cap: float = 2.0
+    kpop_phi: float = 0.1  # nats
+    mis_cap: float = 2.0  # of a response's product of ratios
+    geometric_band: tuple[float, float] = (0.99, 1.01)  # of a response's geometric mean ratio
     normalizer: Normalizer = Normalizer.response
+    kl_coefficient: float = 0.0  # of the KL to the weights that RL started from; 0 = no reference is held
+    kl_estimator: KLEstimator = KLEstimator.k3
+    entropy_coefficient: float = 0.0  # of the entropy bonus
 
 
 @dataclass

@@ -1,9 +1,18 @@
-"""Advantages, mismatch corrections and policy losses: pure functions of tensors."""
+"""Advantages, surrogates, mismatch corrections, normalisers and penalties: pure functions of tensors."""
 
-from asystem.algorithms.advantages import group_advantages
+from asystem.algorithms.advantages import advantages
+from asystem.algorithms.choose import Algorithm, choose
 from asystem.algorithms.corrections import correction_weights
 from asystem.algorithms.loss import policy_loss
 from asystem.algorithms.normalizers import token_weights
-from asystem.algorithms.surrogates import clipped_surrogate
+from asystem.algorithms.penalties import overlong_penalty
 
-__all__ = ["clipped_surrogate", "correction_weights", "group_advantages", "policy_loss", "token_weights"]
+__all__ = [
+    "Algorithm",
+    "advantages",
+    "choose",
+    "correction_weights",
+    "overlong_penalty",
+    "policy_loss",
+    "token_weights",
+]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 import torch
 
-from asystem.algorithms import group_advantages
+from asystem.algorithms import advantages, choose, overlong_penalty
 from asystem.config import Config
 from asystem.data.batch import Batch, BatchRow
 from asystem.errors import RewardError
-from asystem.rollout import Group, Window
-from asystem.types import Score
+from asystem.rollout import Window
+from asystem.types import FinishedRollout, Score
 
 
 def build_batch(config: Config, window: Window, scores: dict[int, Score], version: int) -> Batch:
@@ -23,41 +23,67 @@ def build_batch(config: Config, window: Window, scores: dict[int, Score], versio
     Raises:
         RewardError: more than `reward.max_error_share` of the rewards failed.
     """
-    rows = [row for group in window.groups for row in _group_rows(config, group, scores)]
-    failed = [row for row in rows if row.error is not None]
-    if len(failed) > config.reward.max_error_share * len(rows):
-        raise RewardError(
-            f"{len(failed)} of {len(rows)} rewards failed at step {version + 1}, more than reward.max_error_share="
-            f"{config.reward.max_error_share}; the first, of prompt {failed[0].prompt}: {failed[0].error}"
-        )
+    rollouts = [r for group in window.groups for r in sorted(group.finished, key=lambda r: r.rollout)]
+    graded = [scores.pop(rollout.rollout) for rollout in rollouts]
+    _check_errors(config, rollouts, graded, version)
     for group in window.purged:
         for rollout in group.finished:
             scores.pop(rollout.rollout, None)
-    good = [row for row in rows if row.error is None]
-    return Batch(rows, version, num_tokens=sum(row.length for row in good), num_rollouts=len(good))
+    values = _advantages(config, rollouts, graded)
+    rows = [_row(*one) for one in zip(rollouts, graded, values, strict=True)]
+    kept = _with_signal(rows) if config.algorithm.drop_equal_groups else rows
+    good = [row for row in kept if row.error is None]
+    num_tokens, trained = sum(row.length for row in good), {row.group for row in kept}
+    return Batch(kept, version, num_tokens, len(good), dropped=[row for row in rows if row.group not in trained])
 
 
-def _group_rows(config: Config, group: Group, scores: dict[int, Score]) -> list[BatchRow]:
-    rollouts = sorted(group.finished, key=lambda rollout: rollout.rollout)
-    graded = [scores.pop(rollout.rollout) for rollout in rollouts]
-    rewards = torch.tensor([score.reward for score in graded])
-    valid = torch.tensor([score.error is None for score in graded])
-    advantages = group_advantages(rewards, valid, normalize_std=config.algorithm.normalize_std)
-    return [
-        BatchRow(
-            ref=rollout.ref,
-            row=rollout.row,
-            rollout=rollout.rollout,
-            group=rollout.group,
-            prompt=rollout.prompt,
-            prompt_length=rollout.prompt_length,
-            length=rollout.length,
-            reward=score.reward,
-            advantage=advantage,
-            error=score.error,
+def _check_errors(config: Config, rollouts: Sequence[FinishedRollout], graded: Sequence[Score], version: int) -> None:
+    failed = [(r, score) for r, score in zip(rollouts, graded, strict=True) if score.error is not None]
+    if len(failed) > config.reward.max_error_share * len(graded):
+        rollout, score = failed[0]
+        raise RewardError(
+            f"{len(failed)} of {len(graded)} rewards failed at step {version + 1}, more than reward.max_error_share="
+            f"{config.reward.max_error_share}; the first, of prompt {rollout.prompt}: {score.error}"
         )
-        for rollout, score, advantage in zip(rollouts, graded, advantages.tolist(), strict=True)
-    ]
+
+
+def _advantages(config: Config, rollouts: Sequence[FinishedRollout], graded: Sequence[Score]) -> list[float]:
+    algorithm = choose(config.algorithm, config.recipe_dir)
+    limit, buffer = config.rollout.max_new_tokens, algorithm.cfg.overlong_buffer
+    shaped = [s.reward + overlong_penalty(r.length, limit, buffer) for r, s in zip(rollouts, graded, strict=True)]
+    values: list[float] = advantages(
+        algorithm.advantage,
+        torch.tensor(shaped),
+        torch.tensor([rollout.group for rollout in rollouts]),
+        torch.tensor([rollout.length for rollout in rollouts]),
+        torch.tensor([score.error is None for score in graded]),
+        algorithm.cfg,
+    ).tolist()
+    return values
+
+
+def _row(rollout: FinishedRollout, score: Score, advantage: float) -> BatchRow:
+    return BatchRow(
+        ref=rollout.ref,
+        row=rollout.row,
+        rollout=rollout.rollout,
+        group=rollout.group,
+        prompt=rollout.prompt,
+        prompt_length=rollout.prompt_length,
+        length=rollout.length,
+        reward=score.reward,
+        advantage=advantage,
+        error=score.error,
+    )
+
+
+def _with_signal(rows: Sequence[BatchRow]) -> list[BatchRow]:
+    """Without the groups whose rewards are all equal; all of them where nothing else would be left."""
+    rewards: dict[int, set[float]] = {}
+    for row in rows:
+        rewards.setdefault(row.group, set()).update([row.reward] if row.error is None else [])
+    kept = [row for row in rows if len(rewards[row.group]) > 1]
+    return kept or list(rows)
 
 
 def accuracy(scores: Iterable[Score]) -> float:
@@ -68,15 +94,16 @@ def accuracy(scores: Iterable[Score]) -> float:
 def rollout_metrics(window: Window, batch: Batch) -> dict[str, float]:
     """What the design's §5 names of a window: rewards, lengths, staleness (weight versions), carried and purged."""
     rollouts = [rollout for group in window.groups for rollout in group.finished]
-    rewards = [row.reward for row in batch.rows if row.error is None]
-    mixed = sum(any(row.advantage for row in batch.rows if row.group == group.id) for group in window.groups)
+    rows = [*batch.rows, *batch.dropped]
+    rewards = [row.reward for row in rows if row.error is None]
+    mixed = len({row.group for row in rows if row.advantage})
     return {
         "reward/mean": fmean(rewards) if rewards else float("nan"),
-        "reward/errors": len(batch.rows) - len(rewards),
+        "reward/errors": len(rows) - len(rewards),
         "reward/groups_with_signal": mixed / len(window.groups),
         "rollout/groups": len(window.groups),
         "rollout/tokens": batch.num_tokens,
-        "rollout/length_mean": batch.num_tokens / len(rollouts),
+        "rollout/length_mean": fmean(rollout.length for rollout in rollouts),
         "rollout/length_max": max(rollout.length for rollout in rollouts),
         "rollout/cut_fraction": fmean(rollout.finish.value == "length" for rollout in rollouts),
         "rollout/staleness_max": batch.version - min(rollout.first_version for rollout in rollouts),

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from asystem.algorithms import choose
 from asystem.config import Config, PlacementKind
 from asystem.controller.loop import Controller
 from asystem.data.task import load_task
@@ -25,6 +26,7 @@ def train(config: Config) -> dict[str, Any]:
         AsystemError: what ended the run; its folder is complete up to then.
     """
     task = load_task(config.data, config.recipe_dir)
+    choose(config.algorithm, config.recipe_dir)
     check_model(config)
     run_dir = new_run_dir(config)
     tracker = Tracker(config, run_dir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from asystem.types import Ref, Trajectory
 
@@ -37,12 +37,14 @@ class Batch:
         version: of the weights that this batch updates.
         num_tokens, num_rollouts: response tokens and rows of the *global* batch; parts keep them, because losses are
             divided by them.
+        dropped: rows that are not trained, for the metrics (`algorithm.drop_equal_groups`); parts have none.
     """
 
     rows: list[BatchRow]
     version: int
     num_tokens: int
     num_rollouts: int
+    dropped: list[BatchRow] = field(default_factory=list)
 
     def split(self, parts: int) -> list[Batch]:
         """Cuts the rows into parts of nearly equal tokens, prompts included. With fewer rows than parts some are empty;
@@ -54,4 +56,4 @@ class Batch:
             load, part = heapq.heappop(loads)
             chosen[part].append(index)
             heapq.heappush(loads, (load + cost[index], part))
-        return [replace(self, rows=[self.rows[index] for index in sorted(part)]) for part in chosen]
+        return [replace(self, rows=[self.rows[index] for index in sorted(part)], dropped=[]) for part in chosen]

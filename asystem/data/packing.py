@@ -61,6 +61,7 @@ class PackedBatch:
         infer_logprobs, advantages, token_weights: [T] float32, 0 where masked out. versions: [T] int32, -1 there.
         sequence: [T] int32, the number of the sequence within this batch. rollouts: N numbers.
         old_logprobs: [T] from before the batch's first update, when one batch makes several.
+        ref_logprobs: [T] of the frozen reference, where there is one.
     """
 
     tokens: Tensor
@@ -77,6 +78,7 @@ class PackedBatch:
     sequence: Tensor
     rollouts: list[int]
     old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on ``device``."""

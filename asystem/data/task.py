@@ -15,7 +15,6 @@ by its number and no text passes through the controller.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any, cast
 
 from asystem.config import DataConfig
 from asystem.errors import DataError
+from asystem.plugin import load_module, resolve
 
 Row = dict[str, Any]
 RewardFunction = Callable[[Row, str], float]
@@ -53,7 +53,7 @@ def load_task(config: DataConfig, recipe_dir: str) -> Task:
         DataError: a missing or failing task file, a malformed line (with its number), no prompts, or a held-out prompt
             that training would see.
     """
-    module = _import(_resolve(config.task, recipe_dir)) if config.task else None
+    module = load_module(resolve(config.task, recipe_dir), key="data.task") if config.task else None
     train = _rows("train", config.train, recipe_dir, module, ("prompt",))
     evaluation = _rows("evaluation", config.evaluation, recipe_dir, module, ("prompt",))
     demonstrations = _rows("demonstrations", config.demonstrations, recipe_dir, module, ("prompt", "response"))
@@ -95,28 +95,11 @@ def prompt_key(row: Row) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
-def _resolve(path: str, recipe_dir: str) -> Path:
-    return Path(path) if Path(path).is_absolute() else Path(recipe_dir) / path
-
-
-def _import(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise DataError(f"data.task: {path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"asystem_task_{path.parent.name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise DataError(f"task {path} failed to import: {type(error).__name__}: {error}") from error
-    return module
-
-
 def _rows(
     name: str, path: str | None, recipe_dir: str, module: ModuleType | None, required: Sequence[str]
 ) -> list[Row]:
     if path is not None:
-        return read_jsonl(_resolve(path, recipe_dir), required)
+        return read_jsonl(resolve(path, recipe_dir), required)
     if module is None or not hasattr(module, name):
         return []
     try:

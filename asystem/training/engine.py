@@ -41,6 +41,7 @@ class TrainEngine:
         world_size: ranks of the default process group, which stands already when more than 1.
         total_steps: optimizer steps of the schedule.
         temperature: of the distribution that log-probabilities are taken under; the one rollouts are sampled at.
+        entropy_gradient: the loss uses the entropy, which costs memory for its gradient.
     """
 
     def __init__(
@@ -53,11 +54,13 @@ class TrainEngine:
         world_size: int = 1,
         total_steps: int,
         temperature: float = 1.0,
+        entropy_gradient: bool = False,
     ) -> None:
-        self.cfg, self.device, self.world_size = cfg, torch.device(device), world_size
+        self.cfg, self.device, self.dtype, self.world_size = cfg, torch.device(device), dtype, world_size
         self.rank = dist.get_rank() if world_size > 1 else 0
         self.model = model.to(self.device)
-        self.policy = Policy(model, temperature)
+        self.policy = Policy(model, temperature, entropy_gradient=entropy_gradient)
+        self.reference: Policy | None = None
         exact = {name: p.detach() for name, p in model.named_parameters()}  # before rounding to ``dtype``
         if world_size > 1:
             _shard(self.policy, self.device, dtype, world_size)
@@ -74,11 +77,30 @@ class TrainEngine:
         self.optimizer.reset()
 
     @torch.no_grad()
-    def logprobs(self, micro: Sequence[PackedBatch]) -> list[Tensor]:
-        """Log-probabilities of the response tokens of each micro-batch, [T] float32 on the device, 0 elsewhere."""
-        results = [self.policy(packed.to(self.device))[0] for packed in self._padded(micro)]
-        if isinstance(self.policy, FSDPModule):
-            self.policy.reshard()  # without a backward the root would keep these weights past the next update
+    def keep_reference(self) -> None:
+        """Keeps a frozen copy of the present weights, in the dtype of the forward pass."""
+        with torch.device("meta"):
+            decoder = Decoder(self.model.spec)
+        dtype = next(self.model.parameters()).dtype
+        self.reference = Policy(decoder.to(dtype).to_empty(device=self.device), self.policy.temperature)
+        if self.world_size > 1:
+            _shard(self.reference, self.device, self.dtype, self.world_size)
+        self.reference.requires_grad_(False)
+        for kept, present in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
+            kept.copy_(present)
+
+    @torch.no_grad()
+    def logprobs(self, micro: Sequence[PackedBatch], *, reference: bool = False) -> list[Tensor]:
+        """Log-probabilities of the response tokens of each micro-batch, [T] float32 on the device, 0 elsewhere.
+
+        Args:
+            reference: under the frozen copy that `keep_reference` made, not under the present weights.
+        """
+        policy = self.reference if reference else self.policy
+        assert policy is not None, "keep_reference comes first"
+        results = [policy(packed.to(self.device))[0] for packed in self._padded(micro)]
+        if isinstance(policy, FSDPModule):
+            policy.reshard()  # without a backward the root would keep these weights past the next update
         return results[: len(micro)]
 
     def step(self, micro: Sequence[PackedBatch], loss_fn: LossFn) -> Stats:

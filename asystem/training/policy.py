@@ -17,7 +17,7 @@ CHUNK_ELEMENTS = 2**27
 class Policy(nn.Module):
     """Decoder and head in one forward, so that FSDP has the head's weights gathered while they are used."""
 
-    def __init__(self, decoder: Decoder, temperature: float = 1.0) -> None:
+    def __init__(self, decoder: Decoder, temperature: float = 1.0, *, entropy_gradient: bool = False) -> None:
         if temperature <= 0:
             raise ConfigError(
                 f"rollout.temperature is {temperature}: greedy rollouts have no log-probabilities to train on; "
@@ -25,24 +25,34 @@ class Policy(nn.Module):
             )
         super().__init__()
         self.decoder = decoder
-        self.temperature = temperature
+        self.temperature, self.entropy_gradient = temperature, entropy_gradient
 
     def forward(self, packed: PackedBatch) -> tuple[Tensor, Tensor]:
         """-> log-probabilities of the labels and entropies of the distributions, [T] float32, 0 where masked out.
 
-        Both are of the tempered distribution that rollouts are sampled from. The entropy has no gradient.
+        Both are of the tempered distribution that rollouts are sampled from. The entropy has a gradient where
+        ``entropy_gradient`` asks for one.
         """
         attend = PackedAttention(packed.cu_seqlens, packed.max_seqlen)
         hidden = self.decoder(packed.tokens, packed.positions, attend)
         rows = packed.label_rows
         labels = packed.labels.index_select(0, rows)
-        logprobs, entropy = token_logprobs(self.decoder, hidden.index_select(0, rows), labels, self.temperature)
+        hidden = hidden.index_select(0, rows)
+        logprobs, entropy = token_logprobs(
+            self.decoder, hidden, labels, self.temperature, entropy_gradient=self.entropy_gradient
+        )
         empty = torch.zeros(len(packed.tokens), device=hidden.device)
         return empty.index_copy(0, rows, logprobs), empty.index_copy(0, rows, entropy)
 
 
 def token_logprobs(
-    decoder: Decoder, hidden: Tensor, labels: Tensor, temperature: float, chunk_elements: int = CHUNK_ELEMENTS
+    decoder: Decoder,
+    hidden: Tensor,
+    labels: Tensor,
+    temperature: float,
+    chunk_elements: int = CHUNK_ELEMENTS,
+    *,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [M] float32 of labels [M] after hidden states [M, D].
 
@@ -52,7 +62,7 @@ def token_logprobs(
 
     def head(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logprobs = (decoder.logits(hidden) / temperature).log_softmax(dim=-1)
-        with torch.no_grad():
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
         return logprobs.gather(1, labels[:, None]).squeeze(1), entropy
 

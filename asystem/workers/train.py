@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from asystem.algorithms import correction_weights, policy_loss, token_weights
+from asystem.algorithms import choose, correction_weights, policy_loss, token_weights
 from asystem.config import Config, Schedule
 from asystem.data.batch import Batch, BatchRow
 from asystem.data.packing import PackedBatch, Sample, pack
@@ -50,7 +50,11 @@ class TrainWorker(Worker):
             world_size=self.world_size,
             total_steps=config.steps * config.training.minibatches,
             temperature=config.rollout.temperature,
+            entropy_gradient=config.algorithm.entropy_coefficient != 0,
         )
+        self.algorithm = choose(config.algorithm, config.recipe_dir)
+        if config.training.warmup.steps == 0:
+            self._start_rl()
         self._wire_dtype = pick_dtype(config.generation.dtype, device)
         self._warm_ups = 0
         self._columns: dict[int, tuple[list[float], list[int]]] = {}
@@ -65,6 +69,8 @@ class TrainWorker(Worker):
         micro = [self._micro_batches(batch, rows, trajectories) for rows in parts]
         if count > 1:  # with one update the weights before it are the present ones, and need no pass of their own
             micro = [self._with_old_logprobs(part) for part in micro]
+        if self.trainer.reference is not None:
+            micro = [self._with_ref_logprobs(part) for part in micro]
         stats = merge(self._step(part) for part in micro)
         for trajectory in trajectories.values():
             staleness = batch.version - trajectory.versions
@@ -96,7 +102,13 @@ class TrainWorker(Worker):
             self.trainer.start_phase(
                 training.lr, training.schedule, training.lr_warmup_steps, self.config.steps * training.minibatches
             )
+            self._start_rl()
         return stats
+
+    def _start_rl(self) -> None:
+        """The weights that RL starts from are its reference, where the loss measures the distance to one."""
+        if self.config.algorithm.kl_coefficient > 0:
+            self.trainer.keep_reference()
 
     @remote(Dispatch.BROADCAST, Collect.FIRST)
     async def export_weights(self) -> Ref[WeightPayload]:
@@ -123,8 +135,10 @@ class TrainWorker(Worker):
                 advantages=packed.advantages,
                 token_weights=packed.token_weights,
                 mask=packed.mask,
-                cfg=self.config.algorithm,
+                sequence=packed.sequence,
+                algorithm=self.algorithm,
                 old_logprobs=packed.old_logprobs,
+                ref_logprobs=packed.ref_logprobs,
                 entropy=entropy,
             )
 
@@ -139,6 +153,7 @@ class TrainWorker(Worker):
             num_rollouts=max(1, batch.num_rollouts),
             num_tokens=max(1, batch.num_tokens),
             token_budget=self.config.rollout.token_budget,
+            max_new_tokens=self.config.rollout.max_new_tokens,
             minibatches=self.config.training.minibatches,
         )
         samples = [
@@ -159,13 +174,20 @@ class TrainWorker(Worker):
         old = self.trainer.logprobs(micro_batches)
         return [replace(packed, old_logprobs=values) for packed, values in zip(micro_batches, old, strict=True)]
 
+    def _with_ref_logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        reference = self.trainer.logprobs(micro_batches, reference=True)
+        return [replace(packed, ref_logprobs=values) for packed, values in zip(micro_batches, reference, strict=True)]
+
     def _keep(self, packed: PackedBatch, logprobs: Tensor) -> None:
         """Remembers each response's training log-probabilities and correction weights for `rollouts/`."""
         train = logprobs if packed.old_logprobs is None else packed.old_logprobs
-        weights = correction_weights(train, packed.infer_logprobs, self.config.algorithm)
         rows = packed.label_rows
-        lengths = torch.bincount(packed.sequence[rows], minlength=len(packed.rollouts)).tolist()
-        kept = (weights[rows] != 0).int().cpu()
+        sequence = packed.sequence[rows].long()
+        weights = correction_weights(
+            self.algorithm.correction, train[rows], packed.infer_logprobs[rows], sequence, self.algorithm.cfg
+        )
+        lengths = torch.bincount(sequence, minlength=len(packed.rollouts)).tolist()
+        kept = (weights != 0).int().cpu()
         columns = zip(torch.split(train[rows].cpu(), lengths), torch.split(kept, lengths), strict=True)
         for rollout, (values, mask) in zip(packed.rollouts, columns, strict=True):
             self._columns[rollout] = (values.tolist(), mask.tolist())

@@ -68,14 +68,16 @@ def _scenario(rank: int, folder: Path, share: str, tied: bool) -> dict[str, Any]
     """Trains, saves, loads into a second engine, and trains that on."""
     engine = _engine(tied, WORLD)
     assert all(isinstance(p, DTensor) for p in engine.model.parameters())
+    engine.keep_reference()
     stats, logprobs = _train(engine, SHARES[share][rank])
+    reference = engine.logprobs(_micro(SHARES[share][rank]), reference=True)
     payload = export_weights(engine.model, keep=rank == 0)
     engine.save(folder / share)
     resumed = _engine(tied, WORLD)
     resumed.load(folder / share)
     resumed.step(_micro(SHARES[share][rank]), supervised_loss)
     after = export_weights(resumed.model, keep=rank == 0)
-    return {"stats": stats, "logprobs": logprobs, "payload": payload, "resumed": after}
+    return {"stats": stats, "logprobs": logprobs, "reference": reference, "payload": payload, "resumed": after}
 
 
 def _bad_gradient_on_rank_1(rank: int) -> dict[str, Any]:
@@ -135,6 +137,14 @@ def test_two_ranks_equal_one_process(folder: Path, share: str, tied: bool) -> No
         assert found == pytest.approx(stats.to_dict(), rel=1e-5, abs=1e-5)
     assert ranks[1]["payload"] is None
     _assert_weights(ranks[0]["payload"], alone)
+
+
+@pytest.mark.parametrize(("share", "tied"), SCENARIOS)
+def test_the_reference_of_two_ranks_stays_where_training_began(folder: Path, share: str, tied: bool) -> None:
+    alone = _engine(tied, 1)
+    for rank, rows in zip(_results(folder, share), SHARES[share], strict=True):
+        for found, wanted in zip(rank["reference"], alone.logprobs(_micro(rows)), strict=True):
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("share", "tied"), SCENARIOS)

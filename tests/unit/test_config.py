@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from asystem.compose import GROUPS, load_config, recipe_names, shipped
-from asystem.config import BudgetCounts, Config, Correction, RuntimeKind
+from asystem.config import BudgetCounts, Config, Normalizer, RuntimeKind
 from asystem.errors import ConfigError
 
 
@@ -40,7 +40,7 @@ def test_values_arrive_as_the_schema_types() -> None:
         ["recipe=quickstart", "runtime=inline", "training.lr=1e-4", "rollout.budget_counts=completed", "seed=7"]
     )
     assert config.runtime.kind is RuntimeKind.inline
-    assert config.algorithm.correction is Correction.icepop
+    assert config.algorithm.correction == "icepop" and config.algorithm.normalizer is Normalizer.response
     assert (config.algorithm.icepop_alpha, config.algorithm.icepop_beta) == (0.5, 5.0)
     assert (config.training.lr, config.rollout.budget_counts, config.seed) == (1e-4, BudgetCounts.completed, 7)
 
@@ -68,7 +68,7 @@ def test_a_recipe_chooses_groups_and_outranks_their_values(tmp_path: Path) -> No
     )
     config = load_config([f"recipe={tmp_path}"])
     assert config.rollout.token_budget is None
-    assert (config.algorithm.correction, config.algorithm.tis_cap) == (Correction.tis, 3.0)
+    assert (config.algorithm.correction, config.algorithm.tis_cap) == ("tis", 3.0)
 
 
 def test_an_option_of_the_command_line_outranks_the_recipe() -> None:
@@ -121,7 +121,7 @@ def test_a_key_that_a_recipe_misspells_is_named(tmp_path: Path) -> None:
         ("steps", '"steps" is no override: write key=value'),
         ("steps=many", "steps: value 'many' of type 'str' could not be converted to Integer; wanted int"),
         ("training.betas=3", "training.betas"),
-        ("algorithm.normalizer=mean", "expected one of [response, token, budget]"),
+        ("algorithm.normalizer=mean", "expected one of [response, token, constant, budget]"),
         ("seed=1,2", "seed=1,2: several values need --multirun"),
         ("checkpoint=3", "checkpoint=3: checkpoint is a section of keys"),
         ("+foo=1", 'unknown key "foo"'),
@@ -164,6 +164,15 @@ def changed(config: Config, override: str) -> Config:
         ("rollout.capacity=4", "rollout.capacity=4 (Ω) is below one group of 8"),
         ("rollout.capacity=60", "use 56 or 64"),
         ("algorithm.group_size=1", "group advantages compare the samples of a prompt and need at least 2"),
+        ("algorithm.group_size=0", "algorithm.group_size=0 is below 2"),
+        ("algorithm.advantage=gpro", 'algorithm.advantage="gpro" is unknown (did you mean "grpo"?)'),
+        ("algorithm.surrogate=gps", 'algorithm.surrogate="gps" is unknown (did you mean "gspo"?)'),
+        ("algorithm.correction=ice", 'algorithm.correction="ice" is unknown (did you mean "icepop"?)'),
+        ("algorithm.surrogate=gspo", "masks or weighs single tokens of it; use correction=none, mis or geometric"),
+        ("algorithm.dual_clip=1.1", "algorithm.dual_clip=1.1 must be above 1 + clip_high = 1.2, or null"),
+        ("algorithm.geometric_band=[1.1,1.2]", "algorithm.geometric_band=[1.1, 1.2] must hold 1"),
+        ("algorithm.overlong_buffer=100", "must lie between 0 and rollout.max_new_tokens=10"),
+        ("algorithm.kl_coefficient=-1", "algorithm.kl_coefficient=-1 is below 0"),
         ("algorithm.icepop_alpha=6", "IcePop's band [6, 5] needs"),
         ("rollout.top_p=0", "rollout.top_p=0 must lie in (0, 1]"),
         ("rollout.top_p=0.9", "truncated sampling would bias every ratio"),
@@ -200,6 +209,11 @@ def test_values_that_cannot_work_are_refused(quickstart: Config, override: str, 
         (["recipe=quickstart", "placement=hybrid", "training.ranks=2"], "use placement=split"),
         (["recipe=quickstart", "runtime=inline", "training.ranks=2"], "use runtime=ray, or training.ranks=1"),
         (["recipe=quickstart", "placement=hybrid", "generation.ranks=2"], "use placement=split"),
+        (["recipe=quickstart", "algorithm.anchor=behavior"], "would count it twice; use correction=none"),
+        (
+            ["recipe=quickstart", "algorithm.surrogate=reinforce", "training.minibatches=2"],
+            "use minibatches=1 or another surrogate",
+        ),
         (
             ["recipe=quickstart", "algorithm.normalizer=budget", "rollout.token_budget=null"],
             "divides by rollout.token_budget, which is null",

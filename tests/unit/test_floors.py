@@ -17,7 +17,7 @@ FLOORS = {
     "generation": 3, "training": 3, "state": 3,
     "models": 2, "spmd": 2,
     "rollout": 1, "algorithms": 1, "rewards": 1, "data": 1, "tracking": 1,
-    "types": 0, "config": 0, "checks": 0, "errors": 0, "stats": 0, "__init__": 0,
+    "types": 0, "config": 0, "checks": 0, "errors": 0, "stats": 0, "plugin": 0, "__init__": 0,
 }  # fmt: skip
 HOMES = {"ray": {"spmd"}, "wandb": {"tracking"}, "hydra": {"cli", "compose"}, "omegaconf": {"cli", "compose"}}
 FILES = sorted(PACKAGE.rglob("*.py"))

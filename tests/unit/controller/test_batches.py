@@ -68,3 +68,27 @@ def test_scores_of_trained_and_purged_rollouts_are_forgotten() -> None:
 
 def test_accuracy_counts_failed_rewards_as_wrong() -> None:
     assert accuracy([Score(0, 1.0), Score(1, 1.0, "broken"), Score(2, 0.0), Score(3, 1.0)]) == 0.5
+
+
+def test_groups_of_equal_rewards_may_be_left_out() -> None:
+    config = Config()
+    config.algorithm.drop_equal_groups = True
+    window = Window(0, [group(0, [4, 6]), group(1, [5, 5])], [], carried=0)
+    known = {0: Score(0, 1.0), 1: Score(1, 0.0), 10: Score(10, 1.0), 11: Score(11, 1.0)}
+    batch = build_batch(config, window, dict(known), version=4)
+    assert [row.rollout for row in batch.rows] == [0, 1]
+    assert (batch.num_tokens, batch.num_rollouts) == (10, 2)
+    metrics = rollout_metrics(window, batch)
+    assert (metrics["reward/mean"], metrics["reward/groups_with_signal"], metrics["rollout/groups"]) == (0.75, 0.5, 2)
+    known[0] = Score(0, 0.0)  # no group tells anything: a step without gradient, rather than none
+    assert len(build_batch(config, window, known, version=4).rows) == 4
+
+
+def test_long_responses_are_punished_before_they_are_compared() -> None:
+    config = Config()
+    config.algorithm.overlong_buffer, config.algorithm.normalize_std = 20, False
+    config.rollout.max_new_tokens = 64
+    window = Window(0, [group(0, [64, 54])], [], carried=0)
+    batch = build_batch(config, window, scores(1.0, 0.0), version=4)
+    assert [row.advantage for row in batch.rows] == pytest.approx([0.25, -0.25])  # 1 - 1 = 0 against 0 - 0.5
+    assert [row.reward for row in batch.rows] == [1.0, 0.0]  # what is reported

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from training_helpers import make_engine, make_model, make_samples, weights
 
-from asystem.algorithms import policy_loss
+from asystem.algorithms import choose, policy_loss
 from asystem.config import AlgorithmConfig, Schedule
 from asystem.data.packing import PackedBatch, pack, pack_one
 from asystem.errors import TrainingError
@@ -25,7 +25,8 @@ def _rl_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Te
         advantages=packed.advantages,
         token_weights=packed.token_weights,
         mask=packed.mask,
-        cfg=AlgorithmConfig(icepop_alpha=0.01, icepop_beta=100.0),
+        sequence=packed.sequence,
+        algorithm=choose(AlgorithmConfig(icepop_alpha=0.01, icepop_beta=100.0), "."),
         entropy=entropy,
     )
 
@@ -161,3 +162,29 @@ def test_half_precision_gradients_add_up_in_float32() -> None:
     found = half.step(pack(samples, 10), supervised_loss).to_dict()
     assert found["train/loss"] == pytest.approx(expected["train/loss"], rel=0.02)
     assert found["train/grad_norm"] == pytest.approx(expected["train/grad_norm"], rel=0.05)
+
+
+def test_the_reference_stays_where_it_was_kept() -> None:
+    engine, micro = make_engine(), pack(make_samples([4, 1, 9]), 30)
+    before = engine.logprobs(micro)[0]
+    engine.keep_reference()
+    kept = weights(engine.model)
+    for _ in range(3):
+        engine.step(micro, supervised_loss)
+    assert any(not torch.equal(value, kept[name]) for name, value in weights(engine.model).items())
+    torch.testing.assert_close(engine.logprobs(micro, reference=True)[0], before, atol=1e-6, rtol=0)
+    assert not torch.equal(engine.logprobs(micro)[0], before)
+    assert not any(p.requires_grad for p in engine.reference.parameters())  # type: ignore[union-attr]
+
+
+def test_the_entropy_has_a_gradient_where_it_is_asked_for() -> None:
+    def entropy_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
+        return -entropy.sum(), Stats()
+
+    engine, micro = make_engine(entropy_gradient=True), pack(make_samples([4, 1, 9]), 30)
+    entropies = []
+    for _ in range(5):
+        with torch.no_grad():
+            entropies.append(float(engine.policy(micro[0])[1].sum()))
+        engine.step(micro, entropy_loss)
+    assert entropies == sorted(entropies) and entropies[-1] > entropies[0]
