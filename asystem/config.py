@@ -135,7 +135,7 @@ class GenerationConfig:
     kv_tokens: int | None = None  # KV pool of one replica, in tokens; null = what max_running at full length needs
     prefill_tokens: int = 8192  # prompt tokens in one prefill batch
     dtype: str = "auto"  # float32 | bfloat16; auto = bfloat16 on CUDA, float32 on CPU
-    graphs: bool = True  # on CUDA: decode steps captured in CUDA graphs; false = plain PyTorch, for comparison
+    graphs: bool = True  # decode steps as CUDA graphs, or on a CPU as compiled code; false = plain PyTorch
 
 
 @dataclass

@@ -16,6 +16,7 @@ import torch
 from asystem.config import BudgetCounts, GenerationConfig
 from asystem.errors import CapacityError, ConfigError, DataError
 from asystem.generation.blocks import BlockPool
+from asystem.generation.cpu import CpuRunner, is_supported
 from asystem.generation.kv_cache import KVCache
 from asystem.generation.rows import FINISH, RUNNING, Rows
 from asystem.generation.runner import EagerRunner, Runner, StepContext
@@ -301,6 +302,8 @@ def _runner(config: GenerationConfig, model: Decoder, cache: KVCache, rows: Rows
         from asystem.generation.captured import CapturedRunner  # needs Triton, which CPU builds of torch lack
 
         return CapturedRunner(model, cache, rows, stop_ids)
+    if config.graphs and is_supported(model, cache.data.dtype, rows.device):
+        return CpuRunner(model, cache, rows, stop_ids)
     return EagerRunner(model, cache, rows, stop_ids)
 
 

@@ -18,8 +18,8 @@ transformers = pytest.importorskip("transformers")
 VOCAB, STOP = 53, 5
 
 
-@pytest.mark.parametrize("kv_tokens", [None, 80])
-def test_greedy_equals_generate(tmp_path: Path, kv_tokens: int | None) -> None:
+@pytest.mark.parametrize(("kv_tokens", "graphs"), [(None, True), (80, True), (80, False)])
+def test_greedy_equals_generate(tmp_path: Path, kv_tokens: int | None, graphs: bool) -> None:
     spec = ModelSpec("qwen3", VOCAB, 32, 48, 3, num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True)
     model = Decoder(spec)
     init_weights(model, seed=2, std=0.3)
@@ -28,7 +28,11 @@ def test_greedy_equals_generate(tmp_path: Path, kv_tokens: int | None) -> None:
     rng = np.random.default_rng(1)
     prompts = [rng.integers(6, VOCAB, n).astype(np.int32) for n in (1, 3, 7, 16, 17, 33)]
     engine = Engine(
-        model, GenerationConfig(max_running=10, kv_tokens=kv_tokens), stop_ids=[STOP], seed=0, max_length=64
+        model,
+        GenerationConfig(max_running=10, kv_tokens=kv_tokens, graphs=graphs),
+        stop_ids=[STOP],
+        seed=0,
+        max_length=64,
     )
     engine.submit(
         EngineRequest(3 * group + i, group, group, tokens, SamplingParams(30, temperature=0.0))
