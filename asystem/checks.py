@@ -248,6 +248,11 @@ def _others(config: Config) -> Iterator[Rule]:
     yield _at_least("evaluation.temperature", config.evaluation.temperature, 0)
     yield _at_least("checkpoint.every", config.checkpoint.every, 0)
     yield _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
+    yield _at_least("checkpoint.keep_best", config.checkpoint.keep_best, 0)
+    yield (
+        config.checkpoint.keep_best > 0 and config.evaluation.every == 0,
+        f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluations to choose by: set evaluation.every",
+    )
     yield _at_least("data.max_prompt_tokens", config.data.max_prompt_tokens, 1)
     yield (
         config.data.task is None and config.data.train is None,

@@ -181,6 +181,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     every: int = 0  # optimizer steps; 0 = only at the end
     keep_last: int = 2
+    keep_best: int = 0  # beside the last ones, those that scored best; only steps that were evaluated have a score
 
 
 @dataclass

@@ -21,7 +21,6 @@ token arrays and weights stay behind references.
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 
 from asystem.config import BudgetCounts, Config
 from asystem.controller.batches import accuracy, build_batch, rollout_metrics
@@ -45,13 +44,12 @@ class Controller:
         rewarders: RewardWorker,
         pool: Pool,
         tracker: Tracker,
-        run_dir: Path,
     ) -> None:
-        self.config, self.pool, self.tracker, self.run_dir = config, pool, tracker, run_dir
+        self.config, self.pool, self.tracker = config, pool, tracker
         self.trainers, self.generators, self.rewarders = trainers, generators, rewarders
         self.replicas = replicas(generators)
         self.version = 0
-        self.accuracy: list[float] = []  # on held-out prompts, first to last
+        self.accuracy: dict[int, float] = {}  # on held-out prompts, by version
         self.generated = self.trained = 0  # response tokens
         self._windows: asyncio.Queue[tuple[Window, Scoring]] = asyncio.Queue()
         self._ahead = asyncio.Semaphore(config.rollout.max_staleness + 1)  # batches begun and not yet trained
@@ -134,8 +132,8 @@ class Controller:
         if not rows:
             return {}
         finished = await self.generators.evaluate(list(range(min(rows, self.config.evaluation.prompts))))
-        self.accuracy.append(accuracy(await self.rewarders.score(finished, held_out=True)))
-        return {f"eval/{self.config.data.name}/accuracy": self.accuracy[-1]}
+        self.accuracy[self.version] = accuracy(await self.rewarders.score(finished, held_out=True))
+        return {f"eval/{self.config.data.name}/accuracy": self.accuracy[self.version]}
 
     async def _warm_up(self) -> None:
         steps = self.config.training.warmup.steps
@@ -144,7 +142,7 @@ class Controller:
             self.tracker.progress(tokens=0, phase=f"warm-up {done}/{steps}, loss {stats.to_dict()['train/loss']:.3f}")
 
     async def _save(self) -> None:
-        await self.trainers.save(self.run_dir / "checkpoints" / f"step-{self.version:06d}")
+        await self.trainers.save(self.version, self.accuracy.get(self.version))
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.version % every == 0

@@ -35,9 +35,8 @@ def train(config: Config) -> dict[str, Any]:
     try:
         with make_runtime(config.runtime, config.placement, on_call=tracker.call) as runtime:
             trainers, generators, rewarders = spawn_groups(config, runtime, run_dir)
-            controller = Controller(
-                config, trainers, generators, rewarders, make_pool(config, len(task.train)), tracker, run_dir
-            )
+            pool = make_pool(config, len(task.train))
+            controller = Controller(config, trainers, generators, rewarders, pool, tracker)
             asyncio.run(_until_first_failure(controller))
         status = "finished"
     except KeyboardInterrupt:
@@ -75,7 +74,7 @@ def summarize(controller: Controller | None, seconds: float) -> dict[str, Any]:
     """The figures of `summary.json` that the controller knows."""
     if controller is None:
         return {"steps": 0, "wall_seconds": seconds}
-    accuracy = controller.accuracy
+    accuracy = list(controller.accuracy.values())
     return {
         "steps": controller.version,
         "wall_seconds": seconds,

@@ -1,7 +1,8 @@
 """Training: packed micro-batches, FSDP2 over ranks, checkpoints. `engine.TrainEngine` is the way in."""
 
-from asystem.training.checkpoint import prune_checkpoints
 from asystem.training.engine import TrainEngine
+from asystem.training.export import describe_model, export_checkpoint
 from asystem.training.losses import LossFn, supervised_loss
+from asystem.training.saving import Saver
 
-__all__ = ["LossFn", "TrainEngine", "prune_checkpoints", "supervised_loss"]
+__all__ = ["LossFn", "Saver", "TrainEngine", "describe_model", "export_checkpoint", "supervised_loss"]

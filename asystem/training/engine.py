@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -129,11 +130,15 @@ class TrainEngine:
             self._finish_step(stats, float(torch.stack(losses).sum()), micro)
         return stats
 
-    def save(self, folder: Path) -> None:
-        """Writes masters, moments and the schedule's position; every rank calls it."""
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds: masters and moments, the very tensors; and the schedule's position as JSON."""
         schedule = asdict(self.lr) | {"schedule": self.lr.schedule.name}
-        extra = {"lr": schedule, "steps": self.steps, "bad_steps": self.bad_steps}
-        save_checkpoint(Path(folder), self.optimizer.tensors(), extra, world_size=self.world_size)
+        return self.optimizer.tensors(), {"lr": schedule, "steps": self.steps, "bad_steps": self.bad_steps}
+
+    def save(self, folder: Path) -> None:
+        """Writes a checkpoint and waits for it; every rank calls it. `saving.Saver` writes them beside training."""
+        tensors, extra = self.state()
+        save_checkpoint(Path(folder), tensors, extra, world_size=self.world_size)
 
     def load(self, folder: Path) -> None:
         """Takes a checkpoint up; the next step is bit-equal to what it would have been.

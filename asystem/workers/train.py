@@ -20,8 +20,7 @@ from asystem.spmd import Collect, Dispatch, Worker, remote, store
 from asystem.state import WeightPayload, export_weights
 from asystem.stats import Stats, merge
 from asystem.tracking.rollouts import RolloutWriter
-from asystem.training import TrainEngine, supervised_loss
-from asystem.training.checkpoint import prune_checkpoints
+from asystem.training import Saver, TrainEngine, describe_model, supervised_loss
 from asystem.types import Ref, Trajectory
 from asystem.workers.build import build_model, build_tokenizer, pick_device, pick_dtype
 
@@ -55,6 +54,8 @@ class TrainWorker(Worker):
         self.algorithm = choose(config.algorithm, config.recipe_dir)
         if config.training.warmup.steps == 0:
             self._start_rl()
+        self.saver = Saver(self.trainer, config.checkpoint, describe_model(model.spec, self.tokenizer))
+        self.saver.check_space(self.run_dir)
         self._wire_dtype = pick_dtype(config.generation.dtype, device)
         self._warm_ups = 0
         self._columns: dict[int, tuple[list[float], list[int]]] = {}
@@ -117,13 +118,17 @@ class TrainWorker(Worker):
         return store.put(payload) if payload is not None else Ref(None)
 
     @remote(Dispatch.BROADCAST)
-    async def save(self, folder: Path) -> None:
-        """A checkpoint of all training state, whole or not at all; older ones beyond `checkpoint.keep_last` go."""
+    async def save(self, step: int, score: float | None) -> None:
+        """Begins a checkpoint of all training state and lets training go on; the last step's is complete on return.
+
+        Args:
+            score: of these weights on held-out data, the higher the better; None = not measured.
+        """
         if self._writer is not None:
             self._writer.flush()
-        self.trainer.save(folder)
-        if self.rank == 0:
-            prune_checkpoints(folder.parent, self.config.checkpoint.keep_last)
+        self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
+        if step == self.config.steps:
+            self.saver.wait()
 
     def _step(self, micro_batches: Sequence[PackedBatch]) -> Stats:
         def loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:

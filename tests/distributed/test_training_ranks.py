@@ -15,13 +15,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from asystem.config import TrainingConfig
+from asystem.config import CheckpointConfig, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack
 from asystem.errors import TrainingError
 from asystem.models import Decoder, ModelSpec, init_weights
 from asystem.state import export_weights, import_weights
 from asystem.stats import Stats, merge
-from asystem.training import TrainEngine, supervised_loss
+from asystem.training import Saver, TrainEngine, supervised_loss
+from asystem.training.checkpoint import read_manifest
 
 WORLD, VOCAB, STEPS = 2, 23, 4
 
@@ -97,12 +98,33 @@ def _bad_gradient_on_rank_1(rank: int) -> dict[str, Any]:
     return {"stats": stats, "before": first, "after": after, "error": error}
 
 
+def _one_saved_and_two_load(rank: int, folder: Path) -> dict[str, Any]:
+    engine = _engine(True, WORLD)
+    engine.load(folder / "alone")
+    return {"payload": export_weights(engine.model, keep=rank == 0), "steps": engine.steps}
+
+
+def _saved_beside_training(rank: int, folder: Path) -> dict[str, Any]:
+    """Collectives of training and of the writing threads run at the same time."""
+    engine = _engine(True, WORLD)
+    saver = Saver(engine, CheckpointConfig(keep_last=2), lambda path: (path / "note").write_text("written once"))
+    for step in range(1, 4):
+        engine.step(_micro(SHARES["even"][rank]), supervised_loss)
+        saver.save(folder / "beside" / f"step-{step:06d}", score=float(step))
+    for _ in range(3):
+        engine.step(_micro(SHARES["even"][rank]), supervised_loss)
+    saver.wait()
+    return {}
+
+
 def _rank(rank: int, folder: Path) -> None:
     """All scenarios in one pair of processes, which take longer to start than to train."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     results = {share: _scenario(rank, folder, share, tied) for share, tied in SCENARIOS}
+    results["alone"] = _one_saved_and_two_load(rank, folder)
+    results["beside"] = _saved_beside_training(rank, folder)
     results["bad"] = _bad_gradient_on_rank_1(rank)
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
@@ -112,6 +134,9 @@ def _rank(rank: int, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both ranks left their results and checkpoints."""
     path = tmp_path_factory.mktemp("ranks")
+    alone = _engine(True, 1)
+    alone.step(_micro(ALL), supervised_loss)
+    alone.save(path / "alone")
     mp.spawn(_rank, (path,), nprocs=WORLD)  # type: ignore[no-untyped-call]
     return path
 
@@ -165,6 +190,29 @@ def test_a_checkpoint_of_two_ranks_resumes_on_two_and_on_one(folder: Path, share
     _assert_weights(saved["payload"], alone)
     alone.step(_micro(ALL), supervised_loss)
     _assert_weights(saved["resumed"], alone)
+
+
+def test_a_checkpoint_of_one_process_resumes_on_two_ranks(folder: Path) -> None:
+    alone = _engine(True, 1)
+    alone.step(_micro(ALL), supervised_loss)
+    first, second = _results(folder, "alone")
+    assert first["steps"] == second["steps"] == 1
+    _assert_weights(first["payload"], alone)
+
+
+def test_two_ranks_save_beside_training(folder: Path) -> None:
+    assert sorted(path.name for path in (folder / "beside").iterdir()) == ["step-000002", "step-000003"]
+    alone = _engine(True, 1)
+    alone.load(folder / "beside" / "step-000003")
+    expected = _engine(True, 1)
+    for _ in range(3):
+        expected.step(_micro(ALL), supervised_loss)
+    assert alone.steps == 3
+    for name, p in expected.model.named_parameters():
+        torch.testing.assert_close(alone.model.get_parameter(name), p, atol=1e-5, rtol=0, msg=name)
+    manifest = read_manifest(folder / "beside" / "step-000003")
+    assert manifest["score"] == 3.0 and manifest["files"]["note"] == len("written once")
+    assert sum(name.endswith(".distcp") for name in manifest["files"]) == WORLD
 
 
 def test_a_bad_gradient_on_one_rank_is_skipped_by_all(folder: Path) -> None:

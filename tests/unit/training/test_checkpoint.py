@@ -11,9 +11,9 @@ from training_helpers import make_engine, make_model, make_samples, weights
 
 from asystem.config import Schedule
 from asystem.data.packing import pack
-from asystem.errors import ModelError
-from asystem.training import prune_checkpoints, supervised_loss
-from asystem.training.checkpoint import MANIFEST
+from asystem.errors import CapacityError, ModelError
+from asystem.training import supervised_loss
+from asystem.training.checkpoint import MANIFEST, check_space, find_checkpoint, prune_checkpoints, recover
 
 BATCH = pack(make_samples([4, 1, 9]), budget=12)
 
@@ -78,10 +78,54 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         make_engine().load(tmp_path / "tied")
 
 
+def _checkpoints(parent: Path, scores: dict[int, float | None]) -> None:
+    for step, score in scores.items():
+        (parent / f"step-{step:06d}").mkdir(parents=True)
+        manifest = {"files": {}, "tensors": {}, "extra": {}, "score": score}
+        (parent / f"step-{step:06d}" / MANIFEST).write_text(json.dumps(manifest))
+
+
+def _steps(parent: Path) -> list[str]:
+    return sorted(path.name for path in parent.iterdir())
+
+
 def test_pruning_keeps_the_last_complete_ones(tmp_path: Path) -> None:
-    for step in (1, 2, 10):
-        (tmp_path / f"step-{step:06d}").mkdir()
-        (tmp_path / f"step-{step:06d}" / MANIFEST).write_text("{}")
+    _checkpoints(tmp_path, {1: None, 2: None, 10: None})
     (tmp_path / "step-000011").mkdir()  # without a manifest it is none of ours
-    prune_checkpoints(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002", "step-000010", "step-000011"]
+    prune_checkpoints(tmp_path, keep_last=2)
+    assert _steps(tmp_path) == ["step-000002", "step-000010", "step-000011"]
+
+
+def test_pruning_keeps_the_best_ones_too(tmp_path: Path) -> None:
+    _checkpoints(tmp_path, {1: -0.5, 2: 0.0, 3: None, 4: -0.5, 5: -3.0, 6: None})
+    prune_checkpoints(tmp_path, keep_last=1, keep_best=2)
+    assert _steps(tmp_path) == ["step-000002", "step-000004", "step-000006"]  # of equal scores the newer
+
+
+def test_finding_a_checkpoint(tmp_path: Path) -> None:
+    _checkpoints(tmp_path / "run" / "checkpoints", {9: 0.7, 10: 0.3, 11: None})
+    (tmp_path / "run" / "checkpoints" / ".step-000012.partial").mkdir()
+    assert find_checkpoint(tmp_path / "run").name == "step-000011"
+    assert find_checkpoint(tmp_path / "run" / "checkpoints", best=True).name == "step-000009"
+    assert find_checkpoint(tmp_path / "run" / "checkpoints" / "step-000010").name == "step-000010"
+    with pytest.raises(ModelError, match="nowhere holds no complete checkpoint"):
+        find_checkpoint(tmp_path / "nowhere")
+    _checkpoints(tmp_path / "unscored", {1: None})
+    with pytest.raises(ModelError, match="has a score: none was written right after an evaluation"):
+        find_checkpoint(tmp_path / "unscored", best=True)
+
+
+def test_what_a_killed_writer_left_is_put_into_order(tmp_path: Path) -> None:
+    _checkpoints(tmp_path, {1: 0.1, 2: 0.2, 3: 0.3})
+    (tmp_path / "step-000001").rename(tmp_path / ".step-000001.old")  # killed while it was replaced
+    (tmp_path / "step-000002").rename(tmp_path / ".step-000002.trash")  # while it was deleted
+    (tmp_path / ".step-000003.old").mkdir()  # after the new one stood
+    (tmp_path / ".step-000004.partial").mkdir()  # while it was written
+    recover(tmp_path)
+    assert _steps(tmp_path) == ["step-000001", "step-000003"]
+
+
+def test_too_small_a_disk_is_refused_with_both_sizes(tmp_path: Path) -> None:
+    check_space(tmp_path / "not" / "there" / "yet", needed=1000, count=3)
+    with pytest.raises(CapacityError, match=r"3 checkpoint\(s\) of 1.05e\+06 GiB do not fit .* GiB are free"):
+        check_space(tmp_path / "not" / "there" / "yet", needed=2**50, count=3)
