@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from asystem import __version__
 from asystem.config import Config
-from asystem.errors import AsystemError, ConfigError, DataError, ModelError, nearest
+from asystem.errors import AsystemError, ConfigError, DataError, ModelError, ReplayError, nearest
 
 USAGE = f"""asystem {__version__}: asynchronous reinforcement learning of language models
 
@@ -23,6 +23,7 @@ USAGE = f"""asystem {__version__}: asynchronous reinforcement learning of langua
       --cfg job    show the configuration and start nothing
       --help       Hydra's help: groups, options and flags
   asystem report RUN_FOLDER     write its report.html anew
+  asystem replay RUN_FOLDER     repeat a run, act by act, and compare every metric
 
 A recipe is a folder with a config.yaml: recipes/NAME here, a shipped one, or any path."""
 
@@ -117,7 +118,24 @@ def _report(arguments: list[str]) -> None:
     print(write_report(Path(arguments[0])))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "report": _report}
+def _replay(arguments: list[str]) -> None:
+    if len(arguments) != 1 or not (Path(arguments[0]) / "config.yaml").is_file():
+        raise ConfigError(f"asystem replay RUN_FOLDER: {' '.join(arguments) or 'nothing'} is no run's folder")
+    from asystem.compose import read_config
+
+    run = Path(arguments[0]).resolve()
+    config = read_config(run / "config.yaml")
+    from asystem.controller.replay import replay
+
+    folder, steps, different = replay(config, run)
+    if different:
+        raise ReplayError(
+            f"{len(different)} metrics of {steps} steps differ, first {different[0]}; replayed in {folder}"
+        )
+    print(f"replay of {run.name}: all metrics of {steps} steps are equal; {folder}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "report": _report, "replay": _replay}
 
 
 def _one_line(run: Callable[[], None]) -> int:

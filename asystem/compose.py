@@ -85,6 +85,18 @@ def _load(overrides: Sequence[str]) -> Config:
     return to_config(composed)
 
 
+def read_config(path: Path) -> Config:
+    """The configuration of a run, from its folder's config.yaml.
+
+    Raises:
+        ConfigError: it cannot be read, or is of another version of asystem.
+    """
+    try:
+        return to_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {one_line(error)}") from error
+
+
 def to_config(composed: Any) -> Config:
     """Hydra's composition as the dataclass that everything below the command line sees, checked."""
     try:

@@ -8,6 +8,7 @@ AsystemError
 ├── StarvationError    rollouts that no window can ever finish
 ├── RewardError        more rewards failed than ``reward.max_error_share`` allows
 ├── TrainingError      gradients that stay NaN or infinite
+├── ReplayError        a repeated run came out otherwise
 └── WorkerError        a rank failed, died or overran its deadline; names group, rank, host and method
     └── WorkerTimeout
 """
@@ -48,6 +49,10 @@ class RewardError(AsystemError):
 
 class TrainingError(AsystemError):
     """Training cannot go on."""
+
+
+class ReplayError(AsystemError):
+    """A repeated run differs from the recorded one."""
 
 
 class WorkerError(AsystemError):

@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from asystem.config import BudgetCounts
+
 T = TypeVar("T")
 
 
@@ -105,6 +107,10 @@ class DecodeReport:
     unfinished: int = 0  # rollouts that the replica still holds, running or waiting
     version: int = 0
     seconds: float = 0.0
+
+    def counted(self, counts: BudgetCounts) -> int:
+        """What a token budget takes off for this slice."""
+        return self.completed if counts is BudgetCounts.completed else self.generated
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,15 +14,15 @@ only for a window. Rewards are computed while their window still decodes. Three 
     η staleness      batches by which generation may be ahead: 0 is lockstep, 1 overlaps one step, more is asynchronous
 
 A token trained at version v was sampled at version v - σ - η or later. Calls on one rank run in the order in which they
-are made, so weights change between two slices of decoding, never within one. This file sees ids, lengths and rewards;
-token arrays and weights stay behind references.
+are made, so weights change between two slices of decoding; `replay.py` repeats that order. Ids, lengths and rewards are
+seen here, token arrays and weights stay behind references.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-from asystem.config import BudgetCounts, Config
+from asystem.config import Config
 from asystem.controller.batches import accuracy, build_batch, rollout_metrics
 from asystem.rollout import Pool, TokenBudget, Window
 from asystem.spmd import replicas
@@ -71,6 +71,7 @@ class Controller:
         for scores in await asyncio.gather(*scoring):
             self._scores.update((score.rollout, score) for score in scores)
         batch = build_batch(self.config, window, self._scores, self.version)
+        self.tracker.record("update", window=window.index)
         stats = await self.trainers.update(batch)
         self.version += 1
         self.trained += batch.num_tokens
@@ -101,9 +102,9 @@ class Controller:
             if budget.exhausted or not self.pool.in_flight:
                 break  # else a replica ran out of work under a lease that others can use
         window = self.pool.close_window()
+        self.tracker.event("window", index=window.index, tokens=budget.spent, groups=len(window.groups))
         for replica, rollouts in window.to_drop().items():
             await self.replicas[replica].drop(rollouts)
-        self.tracker.event("window", index=window.index, tokens=budget.spent, groups=len(window.groups))
         return window
 
     async def _drive(self, replica: int, budget: TokenBudget, scoring: Scoring) -> None:
@@ -112,9 +113,10 @@ class Controller:
             asks = self.pool.ask(replica)
             if not self.pool.num_in_flight[replica]:
                 return budget.settle(lease, 0)
+            self.tracker.record("decode", replica=replica, lease=lease)
             report = await self.replicas[replica].decode(asks, lease)
-            by_completion = self.config.rollout.budget_counts is BudgetCounts.completed
-            budget.settle(lease, report.completed if by_completion else report.generated)
+            self.tracker.record("decoded", replica=replica)
+            budget.settle(lease, report.counted(self.config.rollout.budget_counts))
             self.pool.finish(report.finished)
             if report.finished:
                 scoring.append(self._tasks.create_task(self.rewarders.score(report.finished)))
@@ -123,14 +125,14 @@ class Controller:
 
     async def _publish_weights(self) -> None:
         weights = await self.trainers.export_weights()  # decoding goes on
-        await self.generators.load_weights(weights, self.version)  # the only pause, between two slices
         self.tracker.event("weights", version=self.version, bytes=weights.num_bytes)
+        await self.generators.load_weights(weights, self.version)  # the only pause, between two slices
 
     async def _evaluate(self) -> dict[str, float]:
         """Accuracy on held-out prompts under the weights just published; rollouts in flight are held meanwhile."""
-        rows = await self.generators.num_held_out()
-        if not rows:
+        if not (rows := await self.generators.num_held_out()):
             return {}
+        self.tracker.record("evaluate")
         finished = await self.generators.evaluate(list(range(min(rows, self.config.evaluation.prompts))))
         self.accuracy[self.version] = accuracy(await self.rewarders.score(finished, held_out=True))
         return {f"eval/{self.config.data.name}/accuracy": self.accuracy[self.version]}

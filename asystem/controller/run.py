@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from asystem.workers import GenerateWorker, HybridWorker, RewardWorker, TrainWor
 from asystem.workers.build import check_model
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, make_controller: Callable[..., Controller] = Controller) -> dict[str, Any]:
     """Runs RL as configured and returns the run's summary, which also stands in its `summary.json`.
+
+    Args:
+        make_controller: takes what `Controller` takes.
 
     Raises:
         DataError, ModelError: before anything starts, if the dataset or the model folder cannot be used.
@@ -36,7 +40,7 @@ def train(config: Config) -> dict[str, Any]:
         with make_runtime(config.runtime, config.placement, on_call=tracker.call) as runtime:
             trainers, generators, rewarders = spawn_groups(config, runtime, run_dir)
             pool = make_pool(config, len(task.train))
-            controller = Controller(config, trainers, generators, rewarders, pool, tracker)
+            controller = make_controller(config, trainers, generators, rewarders, pool, tracker)
             asyncio.run(_until_first_failure(controller))
         status = "finished"
     except KeyboardInterrupt:

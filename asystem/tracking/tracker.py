@@ -19,6 +19,8 @@ from asystem.tracking.timeline import Timeline, overlap
 from asystem.tracking.wandb_run import WandbRun
 from asystem.types import CallRecord
 
+EVENTS = "rollouts/events.jsonl"
+
 
 def is_timing(name: str) -> bool:
     """Whether a metric depends on the clock: two runs of one seed in one process agree in all others."""
@@ -46,6 +48,8 @@ class Tracker:
             config=plain(config),
         )
         self._metrics = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        (run_dir / "rollouts").mkdir(exist_ok=True)
+        self._events = open(run_dir / EVENTS, "a", encoding="utf-8")  # noqa: SIM115
         self._timeline = Timeline()
         self._started = self._logged = time.time()
         self._tokens = self._logged_tokens = 0  # generated: as of the last progress(), and of the last log()
@@ -83,8 +87,14 @@ class Tracker:
         self._timeline.add(record)
         self._seconds[record.group, record.method][record.rank] += record.end - record.start
 
+    def record(self, event: str, **fields: Any) -> None:
+        """Writes down what the controller does next, for `asystem replay`: a line of `rollouts/events.jsonl`."""
+        self._events.write(json.dumps({"event": event} | plain(fields)) + "\n")
+        self._events.flush()
+
     def event(self, name: str, **fields: Any) -> None:
-        """Marks an instant in the timeline: weights published, a window closed."""
+        """As `record`, and marks the instant in the timeline: weights published, a window closed."""
+        self.record(name, **fields)
         self._timeline.mark(time.time(), name, plain(fields))
 
     def progress(self, *, tokens: int, phase: str, in_flight: int = 0) -> None:
@@ -113,6 +123,7 @@ class Tracker:
         measured = overlap(self._timeline.calls)
         self._summary = {"status": status} | self._counted() | plain(dict(summary)) | {"overlap": measured}
         self._metrics.close()
+        self._events.close()
         write_json(self.run_dir / "summary.json", self._summary)
         if self.config.tracking.timeline:
             write_json(self.run_dir / "timeline.json", self._timeline.trace(), indent=None)

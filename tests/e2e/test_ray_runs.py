@@ -72,8 +72,11 @@ def test_ray_gives_the_metrics_of_inline_in_lockstep(run: Run) -> None:
             assert is_timing(name) or a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
 
 
-def test_an_asynchronous_run_overlaps_and_leaves_nothing_behind(recipe: Path, environment: dict[str, str]) -> None:
-    process = start(recipe, environment, "steps=20", "tracking.console=true", "training.warmup.steps=2")
+def test_an_asynchronous_run_overlaps_repeats_and_leaves_nothing_behind(
+    recipe: Path, environment: dict[str, str]
+) -> None:
+    options = ("steps=20", "rollout.max_staleness=2", "tracking.console=true", "training.warmup.steps=20")
+    process = start(recipe, environment, *options)
     out, err = process.communicate(timeout=150)
     assert process.returncode == 0, err
     assert "held-out accuracy" in out.splitlines()[-1]
@@ -83,6 +86,12 @@ def test_an_asynchronous_run_overlaps_and_leaves_nothing_behind(recipe: Path, en
     trace = json.loads((recipe.parent.parent / "runs" / "larger" / "latest" / "timeline.json").read_text())
     assert {e["name"] for e in trace["traceEvents"] if e["ph"] == "X"} >= {"decode", "update", "score", "load_weights"}
     wait_for(lambda: not left_over(environment), 15, "the end of Ray's processes")
+    command = [sys.executable, "-m", "asystem", "replay", "runs/larger/latest"]
+    repeated = subprocess.run(
+        command, cwd=recipe.parent.parent, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert repeated.returncode == 0, repeated.stderr
+    assert "all metrics of 21 steps are equal" in repeated.stdout.splitlines()[-1]
 
 
 def test_ctrl_c_ends_everything_and_keeps_the_run(recipe: Path, environment: dict[str, str]) -> None:

@@ -183,7 +183,12 @@ def test_the_configuration_is_plain_yaml(config: Config, tmp_path: Path) -> None
 def test_neither_timeline_nor_report_unless_wanted(config: Config, tmp_path: Path) -> None:
     config.tracking.timeline = config.tracking.report = False
     Tracker(config, tmp_path).finish("finished", {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "metrics.jsonl", "summary.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.yaml",
+        "metrics.jsonl",
+        "rollouts",
+        "summary.json",
+    ]
 
 
 def test_a_report_that_fails_hides_nothing(
