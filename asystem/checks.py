@@ -93,10 +93,10 @@ def _algorithm(config: Config) -> Iterator[Rule]:
         f"IcePop's band [{algorithm.icepop_alpha:g}, {algorithm.icepop_beta:g}] needs 0 < icepop_alpha < icepop_beta; "
         "Ring-1T used [0.5, 5]",
     )
-    low, high = algorithm.geometric_band
+    band = algorithm.geometric_band
     yield (
-        not 0 < low <= 1 <= high,
-        f"algorithm.geometric_band=[{low:g}, {high:g}] must hold 1, the ratio of engines that agree",
+        len(band) != 2 or not 0 < band[0] <= 1 <= band[1],
+        f"algorithm.geometric_band={list(band)} must be two numbers around 1, the ratio of engines that agree",
     )
     for key in ("tis_cap", "kpop_phi", "mis_cap", "clip_high"):
         yield _above(f"algorithm.{key}", getattr(algorithm, key), 0)
