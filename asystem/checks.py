@@ -218,6 +218,17 @@ def _placement(config: Config) -> Iterator[Rule]:
     inline, hybrid = config.runtime.kind.value == "inline", config.placement.kind.value == "hybrid"
     for section in ("training", "generation", "reward"):
         yield _at_least(f"{section}.ranks", getattr(config, section).ranks, 1)
+    ranks, parallel = config.generation.ranks, config.generation.tensor_parallel
+    yield _at_least("generation.tensor_parallel", parallel, 1)
+    yield (
+        ranks % parallel != 0,
+        f"generation.ranks={ranks} is no multiple of generation.tensor_parallel={parallel}, the ranks of one replica; "
+        f"use {ranks + -ranks % parallel}",
+    )
+    yield (
+        inline and parallel > 1,
+        f"generation.tensor_parallel={parallel} needs a process for each rank: use runtime=ray",
+    )
     yield (
         inline and config.training.ranks > 1,
         f"training.ranks={config.training.ranks} needs a process for each rank: use runtime=ray, or training.ranks=1",

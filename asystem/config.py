@@ -129,7 +129,8 @@ class RolloutConfig:
 
 @dataclass
 class GenerationConfig:
-    ranks: int = 1  # replicas
+    ranks: int = 1  # of all replicas together
+    tensor_parallel: int = 1  # ranks of one replica, each with a part of every layer
     max_running: int = 256  # sequences decoded together on one replica
     block_size: int = 16  # tokens in a KV block
     kv_tokens: int | None = None  # KV pool of one replica, in tokens; null = what max_running at full length needs

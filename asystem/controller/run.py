@@ -58,7 +58,7 @@ def make_pool(config: Config, num_prompts: int) -> Pool:
         group_size=config.algorithm.group_size,
         capacity=config.rollout.capacity,
         retention=config.rollout.retention,
-        replicas=config.generation.ranks,
+        replicas=config.generation.ranks // config.generation.tensor_parallel,
         refill=config.rollout.token_budget is not None,
     )
 
@@ -70,7 +70,16 @@ def spawn_groups(config: Config, runtime: Runtime, run_dir: Path) -> tuple[Train
         hybrid = spawn(HybridWorker, config, run_dir, name="hybrid", ranks=config.training.ranks, runtime=runtime)
         return hybrid, hybrid, rewarders
     trainers = spawn(TrainWorker, config, run_dir, name="trainers", ranks=config.training.ranks, runtime=runtime)
-    generators = spawn(GenerateWorker, config, name="generators", ranks=config.generation.ranks, runtime=runtime)
+    generation = config.generation
+    generators = spawn(
+        GenerateWorker,
+        config,
+        name="generators",
+        ranks=generation.ranks,
+        runtime=runtime,
+        collective=generation.tensor_parallel > 1,
+        replica_ranks=generation.tensor_parallel,
+    )
     return trainers, generators, rewarders
 
 

@@ -118,9 +118,9 @@ class CapturedRunner:
         )  # fmt: skip
         qkv = _project(blocks[0].attn.qkv_proj, hidden)
         for index, block in enumerate(blocks):
-            product = _project(block.attn.o_proj, self._attend(block, qkv, batch, sharing))
+            product = block.reduce(_project(block.attn.o_proj, self._attend(block, qkv, batch, sharing)))
             gated, x = _norm_project(x, product, block.mlp_norm, block.mlp.gate_up_proj, gate=True)
-            product = _project(block.mlp.down_proj, gated)
+            product = block.reduce(_project(block.mlp.down_proj, gated))
             if index + 1 < len(blocks):
                 follower = blocks[index + 1]
                 qkv, x = _norm_project(x, product, follower.attn_norm, follower.attn.qkv_proj)

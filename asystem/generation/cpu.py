@@ -94,7 +94,8 @@ class CpuRunner:
 def is_supported(model: Decoder, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `CpuRunner` can decode with this model here."""
     is_plain = all(map(_is_plain, model.layers))
-    return device.type == "cpu" and dtype is torch.float32 and is_plain and cpu.is_available()
+    is_whole = model.shard is None  # the compiled step has no place for a collective
+    return device.type == "cpu" and dtype is torch.float32 and is_plain and is_whole and cpu.is_available()
 
 
 def _is_plain(block: nn.Module) -> bool:

@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asystem.models.spec import ModelSpec, RopeScaling
+
+if TYPE_CHECKING:
+    from asystem.models.parallel import Shard
 
 
 class Attend(Protocol):
@@ -84,11 +88,15 @@ class Block(nn.Module):
 
     `project` and `finish` are the layer without attention: `compile_parts` compiles them, and leaves the attention
     between them, which reads the layer's number and lengths that change, out of the graphs.
+
+    Attributes:
+        reduce: makes whole what this rank has computed, where the layer is cut over ranks (`models.parallel`).
     """
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
         self.index = index
+        self.reduce: Callable[[Tensor], Tensor] = _itself
         self.attn_norm = RMSNorm(spec.hidden_size, spec.rms_eps)
         self.attn = Attention(spec)
         self.mlp_norm = RMSNorm(spec.hidden_size, spec.rms_eps)
@@ -100,8 +108,8 @@ class Block(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """All that comes after it: x [T, D], attended [T, Hq, d] -> [T, D]."""
-        x = x + self.attn.o_proj(attended.flatten(1))
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        x = x + self.reduce(self.attn.o_proj(attended.flatten(1)))
+        out: Tensor = x + self.reduce(self.mlp(self.mlp_norm(x)))
         return out
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
@@ -116,6 +124,10 @@ class Block(nn.Module):
         """
         setattr(self, "project", torch.compile(self.project, **options))  # noqa: B010 (mypy: a method)
         setattr(self, "finish", torch.compile(self.finish, **options))  # noqa: B010
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 class Decoder(nn.Module):
@@ -133,6 +145,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(spec, index) for index in range(spec.num_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.rms_eps)
         self.head = None if spec.tie_embeddings else nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.shard: Shard | None = None  # which part of a model this is, where it is cut over ranks
         self._inv_freq: Tensor | None = None
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from asystem.data.tokenizer import Tokenizer
 from asystem.errors import ModelError
 from asystem.models.decoder import Decoder
+from asystem.models.parallel import Shard
 from asystem.models.spec import ModelSpec, read_spec, spec_to_hf
+from asystem.models.weights import write_rows
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -115,31 +117,50 @@ def from_hf_state(spec: ModelSpec, state: Mapping[str, Tensor]) -> dict[str, Ten
     return {name: pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces) for name, pieces in parts.items()}
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    part: Shard | None = None,
+) -> Decoder:
     """The model in a Hugging Face folder, one tensor at a time, so that weights are never held twice.
 
     All headers are checked before memory is taken.
 
+    Args:
+        part: read one rank's part of each tensor alone; None = the whole model.
+
     Raises:
         ModelError: a missing, truncated or corrupt file, a missing, extra or misshapen tensor, an unsupported model.
+        ConfigError: the model cannot be cut into such parts.
     """
     spec, found = check_folder(path)
-    table = layout(spec)
     with torch.device("meta"):
-        model = Decoder(spec)
+        model = Decoder(spec) if part is None else part.decoder(spec)
     model.to(dtype).to_empty(device=device)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for file in dict.fromkeys(found.values()):
-            with _opened(file) as shard:
-                for name in shard.keys() & table.keys():
-                    place = table[name]
-                    place.of(parameters[place.name]).copy_(shard.get_tensor(name))
+    table = layout(model.spec)
+    for file in dict.fromkeys(found.values()):
+        with _opened(file) as shard:
+            for name in shard.keys() & table.keys():
+                place = table[name]
+                write_rows(model, place.name, place.start, _read(shard, name, place.shape, part))
     if spec.tie_embeddings and TIED_HEAD in found:
         with _opened(found[TIED_HEAD]) as shard:
             embedding = model.embed.weight.detach().cpu()
             _check_tied(shard.get_tensor(TIED_HEAD).to(dtype), embedding, str(found[TIED_HEAD]))
     return model
+
+
+def _read(file: Any, name: str, shape: tuple[int, ...], part: Shard | None) -> Tensor:
+    """A stored tensor, or of one that is larger than ``shape`` the rank's rows or columns."""
+    stored = file.get_slice(name)
+    ranges = [
+        slice(None) if part is None or n == whole else slice(part.rank * n, (part.rank + 1) * n)
+        for n, whole in zip(shape, stored.get_shape(), strict=True)
+    ]
+    tensor: Tensor = stored[tuple(ranges)]
+    return tensor
 
 
 def check_folder(path: str | Path) -> tuple[ModelSpec, dict[str, Path]]:

@@ -36,6 +36,7 @@ def spawn(
     ranks: int,
     runtime: Runtime,
     collective: bool | None = None,
+    replica_ranks: int = 1,
     cpus: float | None = None,
     gpus: float | None = None,
     **kwargs: Any,
@@ -45,6 +46,8 @@ def spawn(
     Args:
         args, kwargs: for the worker's ``__init__`` on every rank.
         collective: whether the ranks form a torch.distributed process group; null = as the worker type says.
+        replica_ranks: ranks that act as one worker, say with a part of a model each: they get equal calls, and the
+            first one's answer counts.
         cpus: logical CPUs that each rank reserves; null = next to none, as ranks may share cores.
         gpus: GPUs that each rank owns; null = as the worker type says.
 
@@ -53,6 +56,8 @@ def spawn(
     """
     if ranks < 1:
         raise ConfigError(f"{name} has {ranks} ranks: give it at least 1")
+    if ranks % replica_ranks:
+        raise ConfigError(f"{name} has {ranks} ranks, and replicas of {replica_ranks}: make it a multiple of that")
     config = runtime.config
     spec = GroupSpec(
         worker_type=worker_type,
@@ -61,6 +66,7 @@ def spawn(
         name=name,
         ranks=ranks,
         collective=(worker_type.collective if collective is None else collective) and ranks > 1,
+        replica_ranks=replica_ranks,
         cpus=0.001 if cpus is None else cpus,
         gpus=worker_type.gpus if gpus is None else gpus,
         threads=config.threads_per_rank,
@@ -71,11 +77,12 @@ def spawn(
 
 
 def replicas(group: W) -> list[W]:
-    """One view of one rank each, typed as the worker, to talk to every rank at its own pace."""
+    """One view of one replica each, typed as the worker, to talk to each at its own pace."""
     view: object = group
     if not isinstance(view, WorkerGroup):
-        return [group]  # a bare worker is its own only rank
-    return [cast(W, WorkerGroup(view.group_, [rank])) for rank in view.ranks_]
+        return [group]  # a bare worker is its own only replica
+    ranks, size = view.ranks_, view.group_.spec.replica_ranks
+    return [cast(W, WorkerGroup(view.group_, ranks[first : first + size])) for first in range(0, len(ranks), size)]
 
 
 class WorkerGroup:
@@ -117,10 +124,12 @@ class Group:
         if self.failure is not None:
             raise self.failure
         self._begin_to_start()
+        size = self.spec.replica_ranks
         if mode.dispatch is Dispatch.ROUTE:
-            ranks = [min(ranks, key=lambda rank: (self._waiting[rank], self._routed[rank]))]
-            self._routed[ranks[0]] += 1
-        shares = self._shares(name, mode, len(ranks), args, kwargs)
+            first = min(ranks[::size], key=lambda rank: (self._waiting[rank], self._routed[rank]))
+            ranks = range(first, first + size)
+            self._routed[first] += 1
+        shares = [share for share in self._shares(name, mode, len(ranks) // size, args, kwargs) for _ in range(size)]
         pending = {self._submit(rank, name, *share): rank for rank, share in zip(ranks, shares, strict=True)}
         return self._finish(name, mode, pending)
 
@@ -142,7 +151,7 @@ class Group:
             raise TypeError(f"{self.spec.name}.{name}: {mode.first!r}, which is cut over the ranks, is missing")
         whole = args[0] if args else kwargs[mode.first]
         try:
-            cuts = cut(whole, parts, even=self.spec.collective)
+            cuts = cut(whole, parts, even=self.spec.collective and self.spec.replica_ranks == 1)
         except (ConfigError, TypeError) as error:
             raise type(error)(f"{self.spec.name}.{name}: {error}") from None
         return [((part, *args[1:]), kwargs) if args else ((), kwargs | {mode.first: part}) for part in cuts]
@@ -168,7 +177,8 @@ class Group:
         spare = max(self._spawned + config.start_seconds - time.monotonic(), LATE_START_GRACE)
         await self._answers(START, self._starting, spare, config.start_seconds)
         await self._answers(name, pending, config.deadline_seconds, config.deadline_seconds)
-        return gather([future.result().value for future in pending], mode.collect)
+        answers = [future.result().value for future in pending]
+        return gather(answers[:: self.spec.replica_ranks], mode.collect)
 
     async def _answers(
         self, name: str, pending: dict[asyncio.Future[Reply], int], seconds: float, limit: float

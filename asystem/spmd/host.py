@@ -21,6 +21,7 @@ class GroupSpec:
     """A worker group as asked for.
 
     Attributes:
+        replica_ranks: so many ranks in a row act as one worker: they get equal calls, and the first one answers.
         cpus, gpus: what each rank takes of its node.
         threads: torch threads of each rank.
         patience_seconds: after which forming a process group, and a collective whose peers do not come, fail.
@@ -32,6 +33,7 @@ class GroupSpec:
     name: str
     ranks: int
     collective: bool
+    replica_ranks: int
     cpus: float
     gpus: float
     threads: int

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from asystem.errors import ModelError, nearest
+from asystem.models import Decoder, whole_shapes, write_weight
 
 ALIGNMENT = 64  # bytes; a tensor starts where any dtype may be read
 
@@ -84,17 +85,16 @@ def export_weights(model: nn.Module, dtype: torch.dtype | None = None, *, keep: 
     return None if buffer is None else WeightPayload(tuple(places), buffer.numpy())
 
 
-@torch.no_grad()
-def import_weights(model: nn.Module, payload: WeightPayload) -> None:
-    """Copies a payload into a model's parameters in place, in their dtype and on their device.
+def import_weights(model: Decoder, payload: WeightPayload) -> None:
+    """Copies a payload into a model's parameters in place, in their dtype and on their device; of a model that is cut
+    over ranks, into this rank's part.
 
     Raises:
         ModelError: names or shapes differ, or the buffer is short; nothing is changed then.
     """
-    params = dict(model.named_parameters())
-    _check(params, payload)
+    _check(whole_shapes(model), payload)
     for name, tensor in payload.tensors().items():
-        params[name].copy_(tensor)
+        write_weight(model, name, tensor)
 
 
 def gathered(value: Tensor) -> Tensor:
@@ -113,15 +113,15 @@ def _plan(model: nn.Module, dtype: torch.dtype | None) -> list[TensorPlace]:
     return places
 
 
-def _check(params: dict[str, nn.Parameter], payload: WeightPayload) -> None:
+def _check(shapes: dict[str, tuple[int, ...]], payload: WeightPayload) -> None:
     sent = {place.name: place for place in payload.places}
-    for name in sent.keys() - params.keys():
-        raise ModelError(f"weights were sent for {name}, which the receiving model has not{nearest(name, params)}")
-    for name, param in params.items():
+    for name in sent.keys() - shapes.keys():
+        raise ModelError(f"weights were sent for {name}, which the receiving model has not{nearest(name, shapes)}")
+    for name, shape in shapes.items():
         if name not in sent:
             raise ModelError(f"the receiving model has {name}, for which no weights were sent{nearest(name, sent)}")
-        if sent[name].shape != tuple(param.shape):
-            raise ModelError(f"{name} was sent as {sent[name].shape}, the receiving model's is {tuple(param.shape)}")
+        if sent[name].shape != shape:
+            raise ModelError(f"{name} was sent as {sent[name].shape}, the receiving model's is {shape}")
         end = sent[name].offset + sent[name].num_bytes
         if end > payload.num_bytes:
             raise ModelError(f"{name} ends at byte {end}, but the buffer sent has {payload.num_bytes}")

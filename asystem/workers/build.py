@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from asystem.config import Config, ModelConfig
 from asystem.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
-from asystem.models import Decoder, check_folder, init_weights, load_model, spec_from_config
+from asystem.models import (
+    Decoder,
+    Shard,
+    check_folder,
+    check_parallel,
+    init_weights,
+    load_model,
+    spec_from_config,
+)
 
 
 def pick_device(config: Config, local_rank: int = 0) -> torch.device:
@@ -41,17 +50,33 @@ def build_tokenizer(config: Config, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def build_model(config: Config, device: torch.device, dtype: torch.dtype) -> Decoder:
+def build_model(config: Config, device: torch.device, dtype: torch.dtype, part: Shard | None = None) -> Decoder:
     """The model with its folder's weights, or random ones drawn from the run's seed (equal on all workers).
+
+    Args:
+        part: what this rank holds of it; None = all.
 
     Raises:
         ModelError: the folder is incomplete or of an unsupported kind.
     """
     if config.model.path is not None:
-        return load_model(config.model.path, dtype=dtype, device=device)
+        return load_model(config.model.path, dtype=dtype, device=device, part=part)
     model = Decoder(spec_from_config(config.model))
     init_weights(model, config.seed)
+    if part is not None:
+        model = part.cut(model)
     return model.to(device=device, dtype=dtype)
+
+
+def replica_part(rank: int, ranks: int, size: int) -> Shard | None:
+    """What a rank holds of its replica's model, where `size` ranks in a row are a replica; None = all.
+
+    All ranks of the group call it: each makes the process groups of all replicas, as torch wants it.
+    """
+    if size == 1:
+        return None
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, ranks, size)]
+    return Shard(rank % size, size, groups[rank // size])
 
 
 def check_model(config: Config) -> None:
@@ -59,6 +84,8 @@ def check_model(config: Config) -> None:
 
     Raises:
         ModelError, DataError: as `build_model` and `build_tokenizer` would, later.
+        ConfigError: the model cannot be cut over `generation.tensor_parallel` ranks.
     """
     spec = spec_from_config(config.model) if config.model.path is None else check_folder(config.model.path)[0]
     build_tokenizer(config, spec.vocab_size)
+    check_parallel(spec, config.generation.tensor_parallel)

@@ -1,4 +1,8 @@
-"""The generation program: one engine a replica, driven slice by slice."""
+"""The generation program: one engine a replica, driven slice by slice.
+
+Where a replica has several ranks (`generation.tensor_parallel`), each runs the whole engine over its part of the model:
+equal calls and equal sums make equal decisions and tokens, and the first rank's answer counts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from asystem.models import Decoder
 from asystem.spmd import Collect, Dispatch, Worker, remote, store
 from asystem.state import WeightPayload, import_weights
 from asystem.types import DecodeReport, FinishedRollout, Ref, RolloutRequest, SamplingParams, Trajectory
-from asystem.workers.build import build_model, build_tokenizer, pick_device, pick_dtype
+from asystem.workers.build import build_model, build_tokenizer, pick_device, pick_dtype, replica_part
 
 
 class GenerateWorker(Worker):
@@ -29,7 +33,9 @@ class GenerateWorker(Worker):
 
     async def setup(self) -> None:
         device = pick_device(self.config)
-        self.start_generation(build_model(self.config, device, pick_dtype(self.config.generation.dtype, device)))
+        generation = self.config.generation
+        part = replica_part(self.rank, self.world_size, generation.tensor_parallel)
+        self.start_generation(build_model(self.config, device, pick_dtype(generation.dtype, device), part))
 
     def start_generation(self, model: Decoder) -> None:
         """Builds the engine around a model, which a hybrid worker shares with training."""
@@ -60,7 +66,7 @@ class GenerateWorker(Worker):
         rollout = self.config.rollout
         decoded = self.engine.decode(max_tokens=lease, counts=rollout.budget_counts, max_steps=rollout.slice_steps)
         return DecodeReport(
-            finished=_publish(decoded.finished),
+            finished=self._answer(decoded.finished),
             generated=decoded.generated,
             completed=decoded.completed,
             steps=decoded.steps,
@@ -83,7 +89,7 @@ class GenerateWorker(Worker):
         self.engine.submit([self._request(self.task.evaluation, request, sampling) for request in requests])
         finished = self.engine.decode().finished
         self.engine.resume()
-        return _publish(sorted(finished, key=lambda trajectory: trajectory.prompt))
+        return self._answer(sorted(finished, key=lambda trajectory: trajectory.prompt))
 
     @remote(Dispatch.BROADCAST)
     async def load_weights(self, weights: Ref[WeightPayload], version: int) -> None:
@@ -107,6 +113,10 @@ class GenerateWorker(Worker):
         if not 0 < len(tokens) <= limit:
             raise DataError(f"prompt {request.prompt} has {len(tokens)} tokens; data.max_prompt_tokens is {limit}")
         return EngineRequest(request.rollout, request.group, request.prompt, np.array(tokens, dtype=np.int32), sampling)
+
+    def _answer(self, trajectories: list[Trajectory]) -> list[FinishedRollout]:
+        """What goes back to the controller, which reads the answer of a replica's first rank alone."""
+        return _publish(trajectories) if self.rank % self.config.generation.tensor_parallel == 0 else []
 
 
 def _publish(trajectories: list[Trajectory]) -> list[FinishedRollout]:

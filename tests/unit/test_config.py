@@ -209,6 +209,14 @@ def test_values_that_cannot_work_are_refused(quickstart: Config, override: str, 
         ([], "which recipe?"),
         (["recipe=quickstart", "placement=hybrid", "training.ranks=2"], "use placement=split"),
         (["recipe=quickstart", "runtime=inline", "training.ranks=2"], "use runtime=ray, or training.ranks=1"),
+        (
+            ["recipe=quickstart", "generation.ranks=3", "generation.tensor_parallel=2"],
+            "the ranks of one replica; use 4",
+        ),
+        (
+            ["recipe=quickstart", "runtime=inline", "generation.ranks=2", "generation.tensor_parallel=2"],
+            "generation.tensor_parallel=2 needs a process for each rank: use runtime=ray",
+        ),
         (["recipe=quickstart", "placement=hybrid", "generation.ranks=2"], "use placement=split"),
         (["recipe=quickstart", "algorithm.anchor=behavior"], "would count it twice; use correction=none"),
         (

@@ -74,6 +74,24 @@ def test_every_rank_is_made_then_set_up_with_its_place(runtime: Runtime) -> None
     assert logs == [["made counters 0/2", "set up"], ["made counters 1/2", "set up"]]
 
 
+def test_the_ranks_of_a_replica_get_equal_calls_and_the_first_answers(runtime: Runtime) -> None:
+    group = spawn(Counter, 100, step=5, name="counters", ranks=4, replica_ranks=2, runtime=runtime)
+
+    async def calls() -> None:
+        assert await group.scale([1, 2, 3]) == [10, 20, 32]  # cut over two replicas: ranks 0 and 2 answer
+        assert await group.weigh(1) == {"weight": 100 + 110}
+        assert await asyncio.gather(*(group.whoami(0.02) for _ in range(3))) == [0, 2, 0]
+        first, second = replicas(group)
+        assert [await first.whoami(), await second.whoami()] == [0, 2]
+        await second.note("second")
+
+    asyncio.run(calls())
+    logs = [host._host.worker.log[-1] for host in group.group_.ranks]  # type: ignore[attr-defined]
+    assert logs == ["set up", "set up", "second", "second"]
+    with pytest.raises(ConfigError, match="counters has 3 ranks, and replicas of 2: make it a multiple"):
+        spawn(Counter, 100, name="counters", ranks=3, replica_ranks=2, runtime=runtime)
+
+
 def test_dispatch_and_collect(runtime: Runtime) -> None:
     group = counters(runtime)
 
