@@ -22,7 +22,7 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: in one line.
     """
-    for section in (_run, _model, _algorithm, _rollout, _liveness, _training, _placement, _others):
+    for section in (_run, _model, _algorithm, _rollout, _liveness, _training, _lora, _placement, _others):
         for broken, message in section(config):
             if broken:
                 raise ConfigError(message)
@@ -165,6 +165,19 @@ def _training(config: Config) -> Iterator[Rule]:
         yield (
             dtype not in ("auto", "float32", "bfloat16"),
             f'{name}.dtype="{dtype}": choose auto, float32 or bfloat16',
+        )
+
+
+def _lora(config: Config) -> Iterator[Rule]:
+    lora = config.training.lora
+    yield _at_least("training.lora.rank", lora.rank, 0)
+    yield _above("training.lora.alpha", lora.alpha, 0)
+    yield not 0 <= lora.dropout < 1, f"training.lora.dropout={lora.dropout:g} must lie in [0, 1)"
+    yield lora.rank > 0 and not lora.targets, "training.lora.targets is empty: nothing would train"
+    for needs, value in (("adapter", lora.adapter), ("base", None if lora.base.value == "plain" else lora.base.value)):
+        yield (
+            value is not None and lora.rank == 0,
+            f"training.lora.{needs}={value} needs adapters to train: set training.lora.rank above 0",
         )
 
 

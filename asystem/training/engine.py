@@ -16,15 +16,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from asystem.config import Schedule, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack_one
 from asystem.errors import TrainingError
-from asystem.models import Decoder
+from asystem.models import Decoder, adapter_state, add_lora, load_adapter, save_adapter
 from asystem.stats import Stats
+from asystem.training.blocks import prepare_blocks
 from asystem.training.checkpoint import load_checkpoint, save_checkpoint
 from asystem.training.losses import LossFn
 from asystem.training.optimizer import MasterOptimizer
@@ -36,11 +37,13 @@ class TrainEngine:
     """Trains a decoder in place. With several ranks, each makes one, with equal weights, and every call is collective.
 
     Args:
-        model: its parameters become ``dtype`` (one rank) or float32 shards (FSDP2, computing in ``dtype``).
+        model: its parameters become ``dtype`` (one rank) or float32 shards (FSDP2, computing in ``dtype``); with
+            ``cfg.lora``, frozen in ``dtype`` beside adapters.
         dtype: of forward and backward; master weights, gradients' sums and moments are float32.
         world_size: ranks of the default process group, which stands already when more than 1.
         total_steps: optimizer steps of the schedule.
         temperature: of the distribution that log-probabilities are taken under; the one rollouts are sampled at.
+        seed: of the adapters' first weights.
     """
 
     def __init__(
@@ -53,17 +56,21 @@ class TrainEngine:
         world_size: int = 1,
         total_steps: int,
         temperature: float = 1.0,
+        seed: int = 0,
     ) -> None:
         self.cfg, self.device, self.world_size = cfg, torch.device(device), world_size
         self.rank = dist.get_rank() if world_size > 1 else 0
         self.model = model.to(self.device)
+        if cfg.lora.rank > 0:
+            _adapt(model, cfg, seed)
+        prepare_blocks(model, cfg, self.device)
         self.policy = Policy(model, temperature)
-        exact = {name: p.detach() for name, p in model.named_parameters()}  # before rounding to ``dtype``
+        exact = {name: p.detach() for name, p in _trained(model).items()}  # before rounding to ``dtype``
+        for p in model.parameters():  # FSDP's shards of what trains are the float32 masters
+            p.data = p.data.to(torch.float32 if p.requires_grad and world_size > 1 else dtype)
         if world_size > 1:
             _shard(self.policy, self.device, dtype, world_size)
-        else:
-            model.to(dtype)
-        self.optimizer = MasterOptimizer(dict(model.named_parameters()), exact, cfg)
+        self.optimizer = MasterOptimizer(_trained(model), exact, cfg)
         self.start_phase(cfg.lr, cfg.schedule, cfg.lr_warmup_steps, total_steps)
 
     def start_phase(self, lr: float, schedule: Schedule, warmup_steps: int, total_steps: int) -> None:
@@ -76,7 +83,9 @@ class TrainEngine:
     @torch.no_grad()
     def logprobs(self, micro: Sequence[PackedBatch]) -> list[Tensor]:
         """Log-probabilities of the response tokens of each micro-batch, [T] float32 on the device, 0 elsewhere."""
+        self.policy.eval()  # without dropout, as generation
         results = [self.policy(packed.to(self.device))[0] for packed in self._padded(micro)]
+        self.policy.train()
         if isinstance(self.policy, FSDPModule):
             self.policy.reshard()  # without a backward the root would keep these weights past the next update
         return results[: len(micro)]
@@ -108,7 +117,7 @@ class TrainEngine:
         return stats
 
     def save(self, folder: Path) -> None:
-        """Writes masters, moments and the schedule's position; every rank calls it."""
+        """Writes masters, moments and the schedule's position; every rank calls it. Frozen weights are not written."""
         schedule = asdict(self.lr) | {"schedule": self.lr.schedule.name}
         extra = {"lr": schedule, "steps": self.steps, "bad_steps": self.bad_steps}
         save_checkpoint(Path(folder), self.optimizer.tensors(), extra, world_size=self.world_size)
@@ -123,6 +132,12 @@ class TrainEngine:
         self.optimizer.publish()
         self.lr = LearningRate(**(extra["lr"] | {"schedule": Schedule[extra["lr"]["schedule"]]}))
         self.steps, self.bad_steps = extra["steps"], extra["bad_steps"]
+
+    def save_adapter(self, folder: Path, base: str | None) -> None:
+        """Writes the adapters as a PEFT folder for ``base``, a model folder; every rank calls it."""
+        state = adapter_state(self.model)
+        if self.rank == 0:
+            save_adapter(state, self.cfg.lora, folder, base)
 
     def _forward(self, packed: PackedBatch, loss_fn: LossFn) -> tuple[Tensor, Stats]:
         logprobs, entropy = self.policy(packed)
@@ -160,9 +175,18 @@ class TrainEngine:
             )
 
 
+def _adapt(model: Decoder, cfg: TrainingConfig, seed: int) -> None:
+    add_lora(model, cfg.lora, seed=seed)
+    if cfg.lora.adapter is not None:
+        load_adapter(model, cfg.lora.adapter)
+
+
+def _trained(model: Decoder) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _shard(policy: Policy, device: torch.device, dtype: torch.dtype, world_size: int) -> None:
     """FSDP2: a unit for each block, and one for embedding, norm and head."""
-    policy.float()
     mesh = init_device_mesh(device.type, (world_size,))
     # Inputs are not cast, so that rotary tables stay float32, as in decoding.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -6,7 +6,7 @@ import torch
 
 from asystem.config import Config, ModelConfig
 from asystem.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
-from asystem.models import Decoder, check_folder, init_weights, load_model, spec_from_config
+from asystem.models import Decoder, check_folder, check_lora, init_weights, load_model, spec_from_config
 
 
 def pick_device(config: Config, local_rank: int = 0) -> torch.device:
@@ -55,10 +55,11 @@ def build_model(config: Config, device: torch.device, dtype: torch.dtype) -> Dec
 
 
 def check_model(config: Config) -> None:
-    """Looks at the model folder and the tokenizer without reading weights, before anything starts.
+    """Looks at the model folder, the tokenizer and the adapter without reading weights, before anything starts.
 
     Raises:
         ModelError, DataError: as `build_model` and `build_tokenizer` would, later.
     """
     spec = spec_from_config(config.model) if config.model.path is None else check_folder(config.model.path)[0]
     build_tokenizer(config, spec.vocab_size)
+    check_lora(spec, config.training.lora)

@@ -35,7 +35,13 @@ class TrainWorker(Worker):
         self.config, self.run_dir = config, run_dir
 
     async def setup(self) -> None:
-        self.start_training(build_model(self.config, pick_device(self.config), torch.float32))
+        self.start_training(self.build_model())
+
+    def build_model(self) -> Decoder:
+        """The model to train: in float32, for the masters; frozen weights at once in the dtype that computes."""
+        device, training = pick_device(self.config), self.config.training
+        is_frozen = training.lora.rank > 0
+        return build_model(self.config, device, pick_dtype(training.dtype, device) if is_frozen else torch.float32)
 
     def start_training(self, model: Decoder) -> None:
         """Builds the engine around a model, which a hybrid worker shares with generation."""
@@ -50,6 +56,7 @@ class TrainWorker(Worker):
             world_size=self.world_size,
             total_steps=config.steps * config.training.minibatches,
             temperature=config.rollout.temperature,
+            seed=config.seed,
         )
         self._wire_dtype = pick_dtype(config.generation.dtype, device)
         self._warm_ups = 0
@@ -106,10 +113,15 @@ class TrainWorker(Worker):
 
     @remote(Dispatch.BROADCAST)
     async def save(self, folder: Path) -> None:
-        """A checkpoint of all training state, whole or not at all; older ones beyond `checkpoint.keep_last` go."""
+        """A checkpoint of all training state, whole or not at all; older ones beyond `checkpoint.keep_last` go.
+
+        Adapters are also written as a PEFT folder, the run's `adapter/`.
+        """
         if self._writer is not None:
             self._writer.flush()
         self.trainer.save(folder)
+        if self.config.training.lora.rank > 0:
+            self.trainer.save_adapter(self.run_dir / "adapter", self.config.model.path)
         if self.rank == 0:
             prune_checkpoints(folder.parent, self.config.checkpoint.keep_last)
 
