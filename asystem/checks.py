@@ -28,7 +28,7 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: in one line.
     """
-    for section in (_run, _model, _algorithm, _rollout, _liveness, _training, _placement, _others):
+    for section in (_run, _model, _algorithm, _rollout, _liveness, _training, _lora, _placement, _others):
         for broken, message in section(config):
             if broken:
                 raise ConfigError(message)
@@ -212,6 +212,18 @@ def _training(config: Config) -> Iterator[Rule]:
             dtype not in ("auto", "float32", "bfloat16"),
             f'{name}.dtype="{dtype}": choose auto, float32 or bfloat16',
         )
+
+
+def _lora(config: Config) -> Iterator[Rule]:
+    lora = config.training.lora
+    yield _at_least("training.lora.rank", lora.rank, 0)
+    yield _above("training.lora.alpha", lora.alpha, 0)
+    yield not 0 <= lora.dropout < 1, f"training.lora.dropout={lora.dropout:g} must lie in [0, 1)"
+    yield lora.rank > 0 and not lora.targets, "training.lora.targets is empty: nothing would train"
+    yield (
+        lora.adapter is not None and lora.rank == 0,
+        f"training.lora.adapter={lora.adapter} needs adapters to train: set training.lora.rank above 0",
+    )
 
 
 def _placement(config: Config) -> Iterator[Rule]:

@@ -240,7 +240,15 @@ def _option_values(chosen: Override) -> list[str]:
         return []
     content = OmegaConf.to_container(OmegaConf.load(shipped("configs") / group / f"{option}.yaml"))
     assert isinstance(content, dict), f"configs/{group}/{option}.yaml is no mapping"
-    return [f"{group}.{key}={json.dumps(value)}" for key, value in content.items()]
+    return [f"{name}={json.dumps(value)}" for name, value in _leaves(group, content)]
+
+
+def _leaves(prefix: str, values: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(f"{prefix}.{key}", value)
+        else:
+            yield f"{prefix}.{key}", value
 
 
 def _nearest_key(name: str, known: set[str]) -> str:

@@ -11,6 +11,8 @@ from enum import Enum
 
 from asystem.checks import check
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 class RuntimeKind(Enum):
     inline = "inline"  # all in this process: pdb works
@@ -49,6 +51,18 @@ class Schedule(Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+
+
+class Recompute(Enum):
+    none = "none"  # keep every activation
+    selective = "selective"  # keep what attention reads and writes; recompute what lies between
+    full = "full"  # keep each block's input alone
+
+
+class Compile(Enum):
+    auto = "auto"  # on CUDA
+    always = "always"
+    never = "never"
 
 
 class WandbMode(Enum):
@@ -149,6 +163,17 @@ class WarmupConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters beside frozen matrices; rank 0 = all parameters train."""
+
+    rank: int = 0
+    alpha: float = 32.0  # the adapters' part is scaled by alpha / rank
+    dropout: float = 0.0  # of the adapters' input
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # Hugging Face names of linear layers
+    adapter: str | None = None  # PEFT folder to start from; null = adapters that change nothing yet
+
+
+@dataclass
 class TrainingConfig:
     ranks: int = 1  # FSDP2 over them when more than 1
     micro_batch_tokens: int = 8192  # packed tokens of one forward and backward
@@ -162,6 +187,9 @@ class TrainingConfig:
     lr_warmup_steps: int = 0
     dtype: str = "auto"  # of the forward pass; master weights and reductions are float32
     max_bad_steps: int = 5  # steps in a row with a NaN or infinite gradient before the run stops
+    recompute: Recompute = Recompute.none  # which activations the backward pass computes anew
+    compile: Compile = Compile.auto  # torch.compile of the blocks, attention left out
+    lora: LoraConfig = field(default_factory=LoraConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
 
 

@@ -1,9 +1,11 @@
-"""Models: one decoder definition for training and decoding, Hugging Face folders in and out."""
+"""Models: one decoder definition for training and decoding, Hugging Face folders and PEFT adapters in and out."""
 
 from asystem.models.attention import PackedAttention
 from asystem.models.decoder import Attend, Block, Decoder, init_weights
 from asystem.models.hf import check_folder, from_hf_state, load_model, save_model, to_hf_state
+from asystem.models.lora import PlainWeight, add_lora, merge, merged_copy, plain_weights, refresh_merged, whole
 from asystem.models.parallel import Shard, check_parallel
+from asystem.models.peft import adapter_state, check_lora, load_adapter, save_adapter
 from asystem.models.spec import ModelSpec, RopeScaling, read_spec, spec_from_config, spec_from_hf, spec_to_hf
 from asystem.models.weights import whole_shapes, write_weight
 
@@ -13,14 +15,24 @@ __all__ = [
     "Decoder",
     "ModelSpec",
     "PackedAttention",
+    "PlainWeight",
     "RopeScaling",
     "Shard",
     "check_folder",
     "check_parallel",
+    "adapter_state",
+    "add_lora",
+    "check_lora",
     "from_hf_state",
     "init_weights",
+    "load_adapter",
     "load_model",
+    "merge",
+    "merged_copy",
+    "plain_weights",
     "read_spec",
+    "refresh_merged",
+    "save_adapter",
     "save_model",
     "spec_from_config",
     "spec_from_hf",
@@ -28,4 +40,5 @@ __all__ = [
     "to_hf_state",
     "whole_shapes",
     "write_weight",
+    "whole",
 ]

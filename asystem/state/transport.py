@@ -7,6 +7,7 @@ the embedding and goes once. Readers copy into the tensors they have, converting
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from asystem.errors import ModelError, nearest
-from asystem.models import Decoder, whole_shapes, write_weight
+from asystem.models import Decoder, PlainWeight, plain_weights, whole_shapes, write_weight
 
 ALIGNMENT = 64  # bytes; a tensor starts where any dtype may be read
 
@@ -62,10 +63,9 @@ class WeightPayload:
 
 @torch.no_grad()
 def export_weights(model: nn.Module, dtype: torch.dtype | None = None, *, keep: bool = True) -> WeightPayload | None:
-    """Copies a model's parameters into a payload.
+    """Copies a model's parameters into a payload, adapters merged into the matrices that they stand beside.
 
-    FSDP's shards are gathered one parameter at a time, so every rank must call it, in step; they are converted first,
-    so that half precision is half the traffic.
+    FSDP's shards are gathered one parameter at a time, so every rank must call it, in step.
 
     Args:
         dtype: on the wire; None = as the parameters are.
@@ -74,12 +74,12 @@ def export_weights(model: nn.Module, dtype: torch.dtype | None = None, *, keep: 
     Returns:
         the payload, or None where it is not kept.
     """
-    places = _plan(model, dtype)
+    weights = plain_weights(model)
+    places = _plan(weights, dtype)
     size = max((place.offset + place.num_bytes for place in places), default=0)
     buffer = torch.zeros(size, dtype=torch.uint8) if keep else None
-    for place, param in zip(places, dict(model.named_parameters()).values(), strict=True):
-        value = param.detach().to(_dtype(place.dtype))
-        whole = gathered(value)
+    for place, weight in zip(places, weights, strict=True):
+        whole = weight.value(dtype)
         if buffer is not None:
             place.of(buffer).copy_(whole)
     return None if buffer is None else WeightPayload(tuple(places), buffer.numpy())
@@ -97,18 +97,12 @@ def import_weights(model: Decoder, payload: WeightPayload) -> None:
         write_weight(model, name, tensor)
 
 
-def gathered(value: Tensor) -> Tensor:
-    """A DTensor's whole tensor, on every rank; any other tensor itself."""
-    # Not isinstance: importing DTensor takes a second, which processes without FSDP need not wait for.
-    return value.full_tensor() if hasattr(value, "full_tensor") else value
-
-
-def _plan(model: nn.Module, dtype: torch.dtype | None) -> list[TensorPlace]:
+def _plan(weights: Sequence[PlainWeight], dtype: torch.dtype | None) -> list[TensorPlace]:
     places: list[TensorPlace] = []
     offset = 0
-    for name, param in model.named_parameters():
-        wire = str(dtype or param.dtype).removeprefix("torch.")
-        places.append(TensorPlace(name, tuple(param.shape), wire, offset))
+    for weight in weights:
+        wire = str(dtype or weight.dtype).removeprefix("torch.")
+        places.append(TensorPlace(weight.name, weight.shape, wire, offset))
         offset += -(-places[-1].num_bytes // ALIGNMENT) * ALIGNMENT
     return places
 

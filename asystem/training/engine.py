@@ -17,15 +17,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from asystem.config import Schedule, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack_one
 from asystem.errors import TrainingError
-from asystem.models import Decoder
+from asystem.models import Decoder, adapter_state, add_lora, load_adapter, save_adapter
 from asystem.stats import Stats
+from asystem.training.blocks import prepare_blocks
 from asystem.training.checkpoint import load_checkpoint, save_checkpoint
 from asystem.training.losses import LossFn
 from asystem.training.optimizer import MasterOptimizer
@@ -37,12 +38,14 @@ class TrainEngine:
     """Trains a decoder in place. With several ranks, each makes one, with equal weights, and every call is collective.
 
     Args:
-        model: its parameters become ``dtype`` (one rank) or float32 shards (FSDP2, computing in ``dtype``).
+        model: its parameters become ``dtype`` (one rank) or float32 shards (FSDP2, computing in ``dtype``); with
+            ``cfg.lora``, frozen in ``dtype`` beside adapters.
         dtype: of forward and backward; master weights, gradients' sums and moments are float32.
         world_size: ranks of the default process group, which stands already when more than 1.
         total_steps: optimizer steps of the schedule.
         temperature: of the distribution that log-probabilities are taken under; the one rollouts are sampled at.
         entropy_gradient: the loss uses the entropy, which costs memory for its gradient.
+        seed: of the adapters' first weights.
     """
 
     def __init__(
@@ -56,18 +59,22 @@ class TrainEngine:
         total_steps: int,
         temperature: float = 1.0,
         entropy_gradient: bool = False,
+        seed: int = 0,
     ) -> None:
         self.cfg, self.device, self.dtype, self.world_size = cfg, torch.device(device), dtype, world_size
         self.rank = dist.get_rank() if world_size > 1 else 0
         self.model = model.to(self.device)
+        if cfg.lora.rank > 0:
+            _adapt(model, cfg, seed)
+        prepare_blocks(model, cfg, self.device)
         self.policy = Policy(model, temperature, entropy_gradient=entropy_gradient)
         self.reference: Policy | None = None
-        exact = {name: p.detach() for name, p in model.named_parameters()}  # before rounding to ``dtype``
+        exact = {name: p.detach() for name, p in _trained(model).items()}  # before rounding to ``dtype``
+        for p in model.parameters():  # FSDP's shards of what trains are the float32 masters
+            p.data = p.data.to(torch.float32 if p.requires_grad and world_size > 1 else dtype)
         if world_size > 1:
             _shard(self.policy, self.device, dtype, world_size)
-        else:
-            model.to(dtype)
-        self.optimizer = MasterOptimizer(dict(model.named_parameters()), exact, cfg)
+        self.optimizer = MasterOptimizer(_trained(model), exact, cfg)
         self.start_phase(cfg.lr, cfg.schedule, cfg.lr_warmup_steps, total_steps)
 
     def start_phase(self, lr: float, schedule: Schedule, warmup_steps: int, total_steps: int) -> None:
@@ -79,16 +86,26 @@ class TrainEngine:
 
     @torch.no_grad()
     def keep_reference(self) -> None:
-        """Keeps a frozen copy of the present weights, in the dtype of the forward pass."""
+        """Keeps a frozen copy of the present weights, in the dtype of the forward pass; on one rank it shares what is
+        frozen here too."""
         with torch.device("meta"):
             decoder = Decoder(self.model.spec)
-        dtype = next(self.model.parameters()).dtype
-        self.reference = Policy(decoder.to(dtype).to_empty(device=self.device), self.policy.temperature)
+        if self.cfg.lora.rank > 0:
+            add_lora(decoder, self.cfg.lora)
+        present = dict(self.model.named_parameters())
+        if self.world_size == 1:
+            state = {name: p.detach().clone() if p.requires_grad else p.detach() for name, p in present.items()}
+            decoder.load_state_dict(state, assign=True)
+        else:
+            decoder.to_empty(device=self.device)
+            for name, kept in decoder.named_parameters():
+                kept.data = kept.data.to(present[name].dtype)
+        self.reference = Policy(decoder, self.policy.temperature)
         if self.world_size > 1:
             _shard(self.reference, self.device, self.dtype, self.world_size)
-        self.reference.requires_grad_(False)
-        for kept, present in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
-            kept.copy_(present)
+            for kept, p in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
+                kept.copy_(p)
+        self.reference.requires_grad_(False).eval()
 
     @torch.no_grad()
     def logprobs(self, micro: Sequence[PackedBatch], *, reference: bool = False) -> list[Tensor]:
@@ -99,7 +116,9 @@ class TrainEngine:
         """
         policy = self.reference if reference else self.policy
         assert policy is not None, "keep_reference comes first"
+        policy.eval()  # without dropout, as generation
         results = [policy(packed.to(self.device))[0] for packed in self._padded(micro)]
+        policy.train(not reference)
         if isinstance(policy, FSDPModule):
             policy.reshard()  # without a backward the root would keep these weights past the next update
         return results[: len(micro)]
@@ -131,7 +150,8 @@ class TrainEngine:
         return stats
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint holds: masters and moments, the very tensors; and the schedule's position as JSON."""
+        """What a checkpoint holds: masters and moments, the very tensors; and the schedule's position as JSON. Frozen
+        weights are not among them."""
         schedule = asdict(self.lr) | {"schedule": self.lr.schedule.name}
         return self.optimizer.tensors(), {"lr": schedule, "steps": self.steps, "bad_steps": self.bad_steps}
 
@@ -150,6 +170,12 @@ class TrainEngine:
         self.optimizer.publish()
         self.lr = LearningRate(**(extra["lr"] | {"schedule": Schedule[extra["lr"]["schedule"]]}))
         self.steps, self.bad_steps = extra["steps"], extra["bad_steps"]
+
+    def save_adapter(self, folder: Path, base: str | None) -> None:
+        """Writes the adapters as a PEFT folder for ``base``, a model folder; every rank calls it."""
+        state = adapter_state(self.model)
+        if self.rank == 0:
+            save_adapter(state, self.cfg.lora, folder, base)
 
     def _forward(self, packed: PackedBatch, loss_fn: LossFn) -> tuple[Tensor, Stats]:
         logprobs, entropy = self.policy(packed)
@@ -187,9 +213,18 @@ class TrainEngine:
             )
 
 
+def _adapt(model: Decoder, cfg: TrainingConfig, seed: int) -> None:
+    add_lora(model, cfg.lora, seed=seed)
+    if cfg.lora.adapter is not None:
+        load_adapter(model, cfg.lora.adapter)
+
+
+def _trained(model: Decoder) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _shard(policy: Policy, device: torch.device, dtype: torch.dtype, world_size: int) -> None:
     """FSDP2: a unit for each block, and one for embedding, norm and head."""
-    policy.float()
     mesh = init_device_mesh(device.type, (world_size,))
     # Inputs are not cast, so that rotary tables stay float32, as in decoding.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

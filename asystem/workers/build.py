@@ -11,6 +11,7 @@ from asystem.models import (
     Decoder,
     Shard,
     check_folder,
+    check_lora,
     check_parallel,
     init_weights,
     load_model,
@@ -80,7 +81,7 @@ def replica_part(rank: int, ranks: int, size: int) -> Shard | None:
 
 
 def check_model(config: Config) -> None:
-    """Looks at the model folder and the tokenizer without reading weights, before anything starts.
+    """Looks at the model folder, the tokenizer and the adapter without reading weights, before anything starts.
 
     Raises:
         ModelError, DataError: as `build_model` and `build_tokenizer` would, later.
@@ -89,3 +90,4 @@ def check_model(config: Config) -> None:
     spec = spec_from_config(config.model) if config.model.path is None else check_folder(config.model.path)[0]
     build_tokenizer(config, spec.vocab_size)
     check_parallel(spec, config.generation.tensor_parallel)
+    check_lora(spec, config.training.lora)

@@ -1,16 +1,17 @@
-"""ASystem's Hybrid Runtime: training and generation in one worker, over one copy of the weights."""
+"""ASystem's Hybrid Runtime: training and generation in one worker, over one copy of the weights.
+
+With adapters (`training.lora`) the engine decodes with merged copies of the matrices that have one; it shares the rest.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from asystem.config import Config
+from asystem.models import merged_copy, refresh_merged
 from asystem.spmd import Collect, Dispatch, remote
 from asystem.state import WeightPayload
 from asystem.types import Ref
-from asystem.workers.build import build_model, pick_device
 from asystem.workers.generate import GenerateWorker
 from asystem.workers.train import TrainWorker
 
@@ -24,9 +25,9 @@ class HybridWorker(TrainWorker, GenerateWorker):
         TrainWorker.__init__(self, config, run_dir)
 
     async def setup(self) -> None:
-        model = build_model(self.config, pick_device(self.config), torch.float32)
+        model = self.build_model()
         self.start_training(model)  # first: it brings the shared weights into the dtype that both compute in
-        self.start_generation(model)
+        self.start_generation(merged_copy(model) if self.config.training.lora.rank > 0 else model)
 
     @remote(Dispatch.BROADCAST, Collect.FIRST)
     async def export_weights(self) -> Ref[WeightPayload]:
@@ -36,4 +37,6 @@ class HybridWorker(TrainWorker, GenerateWorker):
     @remote(Dispatch.BROADCAST)
     async def load_weights(self, weights: Ref[WeightPayload], version: int) -> None:
         self.check_version(version)
+        if self.config.training.lora.rank > 0:
+            refresh_merged(self.engine.model, self.trainer.model)
         self.engine.weights_updated(version)

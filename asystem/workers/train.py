@@ -34,7 +34,13 @@ class TrainWorker(Worker):
         self.config, self.run_dir = config, run_dir
 
     async def setup(self) -> None:
-        self.start_training(build_model(self.config, pick_device(self.config), torch.float32))
+        self.start_training(self.build_model())
+
+    def build_model(self) -> Decoder:
+        """The model to train: in float32, for the masters; frozen weights at once in the dtype that computes."""
+        device, training = pick_device(self.config), self.config.training
+        is_frozen = training.lora.rank > 0
+        return build_model(self.config, device, pick_dtype(training.dtype, device) if is_frozen else torch.float32)
 
     def start_training(self, model: Decoder) -> None:
         """Builds the engine around a model, which a hybrid worker shares with generation."""
@@ -50,6 +56,7 @@ class TrainWorker(Worker):
             total_steps=config.steps * config.training.minibatches,
             temperature=config.rollout.temperature,
             entropy_gradient=config.algorithm.entropy_coefficient != 0,
+            seed=config.seed,
         )
         self.algorithm = choose(config.algorithm, config.recipe_dir)
         if config.training.warmup.steps == 0:
@@ -123,12 +130,16 @@ class TrainWorker(Worker):
 
         Args:
             score: of these weights on held-out data, the higher the better; None = not measured.
+
+        Adapters are also written as a PEFT folder, the run's `adapter/`.
         """
         if self._writer is not None:
             self._writer.flush()
         self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
         if step == self.config.steps:
             self.saver.wait()
+        if self.config.training.lora.rank > 0:
+            self.trainer.save_adapter(self.run_dir / "adapter", self.config.model.path)
 
     def _step(self, micro_batches: Sequence[PackedBatch]) -> Stats:
         def loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:

@@ -11,6 +11,7 @@ import torch
 from asystem.config import Config
 from asystem.data.batch import Batch, BatchRow
 from asystem.errors import DataError, ModelError
+from asystem.models import merge
 from asystem.spmd import store
 from asystem.types import FinishedRollout, Ref, RolloutRequest
 from asystem.workers import GenerateWorker, HybridWorker, RewardWorker, TrainWorker
@@ -118,6 +119,38 @@ def test_hybrid_shares_storage_and_sees_each_update(config: Config, tmp_path: Pa
     assert not torch.equal(worker.engine.model.embed.weight, old)
     assert stats["mismatch/logprob_diff_max"] < 1e-4
     assert stats["train/grad_norm"] > 0
+
+
+def test_adapters_reach_a_generator_merged(config: Config, tmp_path: Path) -> None:
+    config.training.lora.rank = 4
+    trainer, generator = TrainWorker(config, tmp_path), GenerateWorker(config)
+    ready(trainer)
+    ready(generator)
+    old = generator.engine.model.layers[0].attn.qkv_proj.weight.clone()
+    asyncio.run(trainer.warm_up(4))
+    asyncio.run(generator.load_weights(asyncio.run(trainer.export_weights()), 1))
+    for name, tensor in merge(trainer.trainer.model).items():
+        assert torch.equal(generator.engine.model.get_parameter(name), tensor), name
+    assert not torch.equal(generator.engine.model.layers[0].attn.qkv_proj.weight, old)
+    asyncio.run(trainer.save(4, None))
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_hybrid_decodes_with_merged_adapters(config: Config, tmp_path: Path) -> None:
+    config.training.lora.rank = 4
+    worker = HybridWorker(config, tmp_path)
+    ready(worker)
+    asyncio.run(worker.warm_up(4))
+    asyncio.run(worker.load_weights(asyncio.run(worker.export_weights()), 1))
+    assert worker.engine.model.embed.weight is worker.trainer.model.embed.weight
+    stats = asyncio.run(worker.update(batch_of(decode(worker, [RolloutRequest(i, 0, 0) for i in range(4)])))).to_dict()
+    assert stats["mismatch/logprob_diff_max"] < 1e-4  # the engine sampled from what the adapters had learnt
+    before = worker.engine.model.layers[0].mlp.down_proj.weight.clone()
+    asyncio.run(worker.load_weights(asyncio.run(worker.export_weights()), 2))
+    assert not torch.equal(worker.engine.model.layers[0].mlp.down_proj.weight, before)
 
 
 def test_a_reward_that_raises_or_is_nan_is_an_error_not_a_zero(config: Config) -> None:

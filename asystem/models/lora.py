@@ -1,0 +1,214 @@
+"""LoRA: low-rank adapters beside the decoder's frozen matrices (Hu et al. 2021, arXiv:2106.09685, eq. 3).
+
+    y = W x + (alpha / rank) B A x          W [out, in] frozen;  A [rank, in], B [out, rank] train;  B starts at 0
+
+The decoder fuses matrices that read the same input, and PEFT names adapters by Hugging Face's parts of them. So an
+adapted matrix has one A of [parts * rank, in], a single product, and one B of [out, rank], whose rows belong to the
+parts as those of W do; `models.peft` cuts them into PEFT's tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asystem.config import LoraConfig
+from asystem.errors import ModelError, nearest
+from asystem.models.decoder import Decoder
+from asystem.models.hf import layout
+from asystem.models.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a fused matrix that are one matrix to Hugging Face.
+
+    Attributes:
+        name: its module there, as "model.layers.0.self_attn.q_proj".
+        adapted: false where `training.lora.targets` leaves it out.
+    """
+
+    name: str
+    rows: int
+    adapted: bool
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with an adapter for each adapted part of its rows.
+
+    Args:
+        base: [T, in] -> [T, out]; frozen here.
+        parts: of its rows, in order, at least one adapted.
+    """
+
+    def __init__(self, base: nn.Linear, parts: Sequence[Part], rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.parts, self.rank, self.scale, self.dropout = tuple(parts), rank, alpha / rank, dropout
+        self._adapted = [part for part in parts if part.adapted]
+        self._rows = [part.rows for part in self._adapted]
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(len(self._rows) * rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(sum(self._rows), rank, device=device))
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """A uniform in ±1/sqrt(in), as PEFT draws it, and B = 0. Equal seeds and names give equal adapters."""
+        self.lora_B.zero_()
+        bound = self.base.in_features**-0.5
+        for part, a, _ in self.adapters():
+            digest = hashlib.sha256(f"{seed}:{part.name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, in] -> [T, out]."""
+        seen = F.dropout(x, self.dropout, self.training) if self.dropout > 0 else x
+        hidden = F.linear(seen, self.lora_A) * self.scale
+        out: Tensor = self.base(x) + self._spread(torch.split(hidden, self.rank, dim=-1), self.lora_B)
+        return out
+
+    def delta(self) -> Tensor:
+        """(alpha / rank) B A as one matrix [out, in] float32."""
+        a, b = whole(self.lora_A).float() * self.scale, whole(self.lora_B).float()
+        return self._spread([piece.T for piece in torch.split(a, self.rank)], b).T
+
+    def merged(self) -> Tensor:
+        """W + (alpha / rank) B A, [out, in] float32. Collective where weights are sharded."""
+        return whole(self.base.weight).float() + self.delta()
+
+    def adapters(self) -> Iterator[tuple[Part, Tensor, Tensor]]:
+        """Each adapted part with its A [rank, in] and B [rows, rank], of whole tensors; collective as `merged`."""
+        a, b = whole(self.lora_A.detach()), whole(self.lora_B.detach())
+        yield from zip(self._adapted, torch.split(a, self.rank), torch.split(b, self._rows), strict=True)
+
+    def _spread(self, hidden: Sequence[Tensor], b: Tensor) -> Tensor:
+        """hidden: [T, rank] of each adapted part -> [T, out], 0 in the rows of the others."""
+        if len(self.parts) == 1:
+            return F.linear(hidden[0], b)
+        adapted = iter(zip(hidden, torch.split(b, self._rows), strict=True))
+        pieces = [
+            F.linear(*next(adapted)) if part.adapted else hidden[0].new_zeros(hidden[0].shape[0], part.rows)
+            for part in self.parts
+        ]
+        return torch.cat(pieces, dim=-1)
+
+
+def add_lora(model: Decoder, cfg: LoraConfig, *, seed: int = 0) -> None:
+    """Freezes a decoder and puts adapters beside the matrices that ``cfg.targets`` names, in place.
+
+    Experts of a mixture, whose matrices are stacked, get none.
+
+    Raises:
+        ModelError: a target that the model has not.
+    """
+    check_targets(model.spec, cfg.targets)
+    model.requires_grad_(False)
+    for name, parts in _matrices(model.spec, cfg.targets).items():
+        linear = model.get_submodule(name)
+        if isinstance(linear, nn.Linear) and any(part.adapted for part in parts):
+            adapted = LoraLinear(linear, parts, cfg.rank, cfg.alpha, cfg.dropout)
+            adapted.reset(seed)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, adapted)
+
+
+def check_targets(spec: ModelSpec, targets: Sequence[str]) -> None:
+    """Refuses names that no linear layer of the model has.
+
+    Raises:
+        ModelError: with the nearest one.
+    """
+    known = {part.name.rpartition(".")[2] for parts in _matrices(spec, targets).values() for part in parts}
+    for target in targets:
+        if target not in known:
+            raise ModelError(f'training.lora.targets names "{target}", which the model has not{nearest(target, known)}')
+
+
+@dataclass(frozen=True)
+class PlainWeight:
+    """A parameter that the decoder would have without adapters.
+
+    Attributes:
+        source: the parameter, or the layer whose merged weight it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source: nn.Parameter | LoraLinear
+
+    def value(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole tensor, rounded once, to ``dtype`` (None = its own). Collective where weights are sharded."""
+        dtype = dtype or self.dtype
+        if isinstance(self.source, LoraLinear):
+            return self.source.merged().to(dtype)
+        return whole(self.source.detach().to(dtype))  # converted first: half precision is half the traffic
+
+
+def plain_weights(model: nn.Module) -> list[PlainWeight]:
+    """The parameters under the plain decoder's names, adapters merged into the matrices that they stand beside."""
+    modules = dict(model.named_modules())
+    frozen = {id(module.base) for module in modules.values() if isinstance(module, LoraLinear)}
+    weights = []
+    for name, module in modules.items():
+        if isinstance(module, LoraLinear):
+            shape = (sum(part.rows for part in module.parts), module.base.in_features)
+            weights.append(PlainWeight(f"{name}.weight", shape, module.base.weight.dtype, module))
+            named = [] if module.base.bias is None else [(f"{name}.bias", module.base.bias)]
+        elif id(module) in frozen:
+            continue
+        else:
+            named = list(module.named_parameters(prefix=name, recurse=False))
+        weights += [PlainWeight(name, tuple(param.shape), param.dtype, param) for name, param in named]
+    return weights
+
+
+@torch.no_grad()
+def merge(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The state of the plain decoder, for `save_model`: adapters merged in float32, each tensor rounded once."""
+    return {weight.name: weight.value(dtype) for weight in plain_weights(model)}
+
+
+@torch.no_grad()
+def merged_copy(model: Decoder) -> Decoder:
+    """A plain decoder beside one with adapters: it has its own merged matrices and shares all other parameters."""
+    with torch.device("meta"):
+        copy = Decoder(model.spec)
+    for weight in plain_weights(model):
+        is_merged = isinstance(weight.source, LoraLinear)
+        param = nn.Parameter(weight.value(), requires_grad=False) if is_merged else weight.source
+        parent, _, leaf = weight.name.rpartition(".")
+        setattr(copy.get_submodule(parent), leaf, param)
+    return copy
+
+
+@torch.no_grad()
+def refresh_merged(copy: Decoder, model: Decoder) -> None:
+    """Writes the present merged matrices into a `merged_copy`, in place."""
+    for weight in plain_weights(model):
+        if isinstance(weight.source, LoraLinear):
+            copy.get_parameter(weight.name).copy_(weight.value())
+
+
+def whole(value: Tensor) -> Tensor:
+    """A DTensor's whole tensor, on every rank; any other tensor itself."""
+    # Not isinstance: importing DTensor takes a second, which processes without FSDP need not wait for.
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def _matrices(spec: ModelSpec, targets: Sequence[str]) -> dict[str, list[Part]]:
+    """The decoder's matrices inside its layers, each with Hugging Face's parts of it in the order of their rows."""
+    found: dict[str, list[Part]] = {}
+    for theirs, place in layout(spec).items():
+        if not theirs.startswith("model.layers.") or len(place.shape) != 2:
+            continue
+        name = theirs.removesuffix(".weight")
+        part = Part(name, place.shape[0], name.rpartition(".")[2] in targets)
+        found.setdefault(place.name.removesuffix(".weight"), []).append(part)
+    return found
