@@ -34,5 +34,5 @@ clean:
 	touch $@
 
 .venv/.dev: .venv/.installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[wandb,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[wandb,parquet,dev]'
 	touch $@

@@ -7,9 +7,9 @@ A recipe's `task.py` is plain Python, with no registration. It may define any of
     def demonstrations() -> list[dict]: ...   # each {"prompt": ..., "response": text}
     def reward(row: dict, response: str) -> float: ...
 
-and JSONL files (`data.train`, `data.evaluation`, `data.demonstrations`) stand in for the first three. Every worker
-loads the task by itself, so the functions must give the same rows every time (seed what is random): requests name a row
-by its number and no text passes through the controller.
+and JSONL or Parquet files (`data.train`, `data.evaluation`, `data.demonstrations`) stand in for the first three. Every
+worker loads the task by itself, so the functions must give the same rows every time (seed what is random): requests
+name a row by its number and no text passes through the controller.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from types import ModuleType
 from typing import Any, cast
 
 from asystem.config import DataConfig
+from asystem.data.files import Located, read_rows
 from asystem.errors import DataError
 
 Row = dict[str, Any]
@@ -53,7 +54,7 @@ def load_task(config: DataConfig, recipe_dir: str) -> Task:
         DataError: a missing or failing task file, a malformed line (with its number), no prompts, or a held-out prompt
             that training would see.
     """
-    module = _import(_resolve(config.task, recipe_dir)) if config.task else None
+    module = import_task(resolve(config.task, recipe_dir)) if config.task else None
     train = _rows("train", config.train, recipe_dir, module, ("prompt",))
     evaluation = _rows("evaluation", config.evaluation, recipe_dir, module, ("prompt",))
     demonstrations = _rows("demonstrations", config.demonstrations, recipe_dir, module, ("prompt", "response"))
@@ -66,40 +67,40 @@ def load_task(config: DataConfig, recipe_dir: str) -> Task:
     return Task(config.name, train, evaluation, demonstrations, getattr(module, "reward", None))
 
 
-def read_jsonl(path: Path, required: Sequence[str]) -> list[Row]:
-    """The objects of a JSONL file, each with the required keys.
-
-    Raises:
-        DataError: naming the file and the line that is empty, is not a JSON object, or lacks a key.
-    """
-    if not path.is_file():
-        raise DataError(f"dataset {path} does not exist")
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            raise DataError(f"{where}: the line is empty; remove it")
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON: {error}") from error
-        rows.append(_checked(row, required, where))
-    if not rows:
-        raise DataError(f"dataset {path} is empty")
-    return rows
-
-
 def prompt_key(row: Row) -> str:
     """A prompt as one string, for comparing prompts."""
     prompt = row["prompt"]
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
-def _resolve(path: str, recipe_dir: str) -> Path:
+def locate_rows(name: str, path: str | None, recipe_dir: str, module: ModuleType | None) -> list[Located]:
+    """The rows of a file (or folder), else what the task's function of that name returns, each with where it stands.
+
+    Raises:
+        DataError: the file cannot be read, or the function fails.
+    """
+    if path is not None:
+        return read_rows(resolve(path, recipe_dir))
+    if module is None or not hasattr(module, name):
+        return []
+    try:
+        rows = list(getattr(module, name)())
+    except Exception as error:
+        raise DataError(f"{module.__file__}: {name}() failed: {type(error).__name__}: {error}") from error
+    return [(f"{module.__file__}: {name}() row {number}", row) for number, row in enumerate(rows)]
+
+
+def resolve(path: str, recipe_dir: str) -> Path:
+    """A path of the configuration: relative ones start at the recipe's folder."""
     return Path(path) if Path(path).is_absolute() else Path(recipe_dir) / path
 
 
-def _import(path: Path) -> ModuleType:
+def import_task(path: Path) -> ModuleType:
+    """The module of a recipe's task file.
+
+    Raises:
+        DataError: there is none, or it fails.
+    """
     if not path.is_file():
         raise DataError(f"data.task: {path} does not exist")
     spec = importlib.util.spec_from_file_location(f"asystem_task_{path.parent.name}", path)
@@ -115,15 +116,7 @@ def _import(path: Path) -> ModuleType:
 def _rows(
     name: str, path: str | None, recipe_dir: str, module: ModuleType | None, required: Sequence[str]
 ) -> list[Row]:
-    if path is not None:
-        return read_jsonl(_resolve(path, recipe_dir), required)
-    if module is None or not hasattr(module, name):
-        return []
-    try:
-        rows = list(getattr(module, name)())
-    except Exception as error:
-        raise DataError(f"{module.__file__}: {name}() failed: {type(error).__name__}: {error}") from error
-    return [_checked(row, required, f"{module.__file__}: {name}() row {i}") for i, row in enumerate(rows)]
+    return [_checked(row, required, where) for where, row in locate_rows(name, path, recipe_dir, module)]
 
 
 def _checked(row: Any, required: Sequence[str], where: str) -> Row:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from asystem.config import Config, ModelConfig
+from asystem.data.task import resolve
 from asystem.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
-from asystem.models import Decoder, check_folder, init_weights, load_model, spec_from_config
+from asystem.errors import DataError
+from asystem.models import Decoder, ModelSpec, check_folder, init_weights, load_model, spec_from_config
 
 
 def pick_device(config: Config, local_rank: int = 0) -> torch.device:
@@ -34,10 +36,15 @@ def build_tokenizer(config: Config, vocab_size: int) -> Tokenizer:
     """The tokenizer, checked against the model's vocabulary.
 
     Raises:
-        DataError: no tokenizer there, or it has ids that the model has not.
+        DataError: no tokenizer or chat template there, or it has ids that the model has not.
     """
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     check_tokenizer(tokenizer, vocab_size)
+    if config.model.chat_template is not None:
+        path = resolve(config.model.chat_template, config.recipe_dir)
+        if not path.is_file():
+            raise DataError(f"model.chat_template: {path} does not exist")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
     return tokenizer
 
 
@@ -54,11 +61,11 @@ def build_model(config: Config, device: torch.device, dtype: torch.dtype) -> Dec
     return model.to(device=device, dtype=dtype)
 
 
-def check_model(config: Config) -> None:
+def check_model(config: Config) -> tuple[ModelSpec, Tokenizer]:
     """Looks at the model folder and the tokenizer without reading weights, before anything starts.
 
     Raises:
         ModelError, DataError: as `build_model` and `build_tokenizer` would, later.
     """
     spec = spec_from_config(config.model) if config.model.path is None else check_folder(config.model.path)[0]
-    build_tokenizer(config, spec.vocab_size)
+    return spec, build_tokenizer(config, spec.vocab_size)
