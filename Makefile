@@ -34,6 +34,6 @@ clean:
 	touch $@
 
 .venv/.dev: .venv/.installed tests/oracle/requirements.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[wandb,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[wandb,parquet,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps -r tests/oracle/requirements.txt
 	touch $@

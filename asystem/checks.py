@@ -28,7 +28,9 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: in one line.
     """
-    for section in (_run, _model, _algorithm, _rollout, _liveness, _training, _lora, _placement, _others):
+    is_rl = config.command.value == "train"
+    program = (_positions, _algorithm, _rollout, _liveness) if is_rl else (_finetune,)
+    for section in (_run, _model, *program, _training, _lora, _placement, _others):
         for broken, message in section(config):
             if broken:
                 raise ConfigError(message)
@@ -69,9 +71,12 @@ def _model(config: Config) -> Iterator[Rule]:
     yield _at_least("model.head_dim", model.head_dim, 2)
     yield model.head_dim % 2 != 0, f"model.head_dim={model.head_dim} is odd; rotary embedding pairs its halves"
     yield _above("model.rope_theta", model.rope_theta, 0)
-    longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+
+
+def _positions(config: Config) -> Iterator[Rule]:
+    model, longest = config.model, config.data.max_prompt_tokens + config.rollout.max_new_tokens
     yield (
-        longest > model.max_positions,
+        model.path is None and longest > model.max_positions,
         f"data.max_prompt_tokens={config.data.max_prompt_tokens} + rollout.max_new_tokens="
         f"{config.rollout.max_new_tokens} exceed model.max_positions={model.max_positions}: raise it to {longest}",
     )
@@ -187,6 +192,26 @@ def _liveness(config: Config) -> Iterator[Rule]:
         f"rollout.retention+1={rollout.retention + 1} windows of rollout.token_budget={rollout.token_budget}: it would "
         f"be purged for ever; raise token_budget to {-(-needed // (rollout.retention + 1))} or retention to "
         f"{-(-needed // rollout.token_budget) - 1}, or lower max_new_tokens",
+    )
+
+
+def _finetune(config: Config) -> Iterator[Rule]:
+    finetune, model = config.finetune, config.model
+    yield (
+        finetune.epochs is not None and not finetune.epochs > 0,
+        f"finetune.epochs={finetune.epochs} must be above 0, or null for as many steps as `steps` says",
+    )
+    yield _at_least("finetune.batch_size", finetune.batch_size, 1)
+    yield _at_least("finetune.max_tokens", finetune.max_tokens, 2)
+    yield (
+        model.path is None and finetune.max_tokens > model.max_positions,
+        f"finetune.max_tokens={finetune.max_tokens} exceeds model.max_positions={model.max_positions}: lower it",
+    )
+    yield _at_least("finetune.held_out", finetune.held_out, 0)
+    yield (
+        finetune.held_out > 0 and config.data.evaluation is not None,
+        f"finetune.held_out={finetune.held_out} and data.evaluation={config.data.evaluation} both name held-out rows: "
+        "leave one out",
     )
 
 

@@ -7,23 +7,27 @@ Only overrides, and the configuration is composed and checked here, in words of 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from asystem import __version__
-from asystem.config import Config
+from asystem.config import Command, Config
 from asystem.errors import AsystemError, ConfigError, DataError, ModelError, ReplayError, nearest
 
 USAGE = f"""asystem {__version__}: asynchronous reinforcement learning of language models
 
-  asystem train recipe=NAME [group=option ...] [key=value ...]
+  asystem train recipe=NAME [group=option ...] [key=value ...]    reinforcement learning
+  asystem sft recipe=NAME [...]                                   supervised fine-tuning
       --multirun   one run for each combination of comma-separated values
       --cfg job    show the configuration and start nothing
       --help       Hydra's help: groups, options and flags
-  asystem report RUN_FOLDER     write its report.html anew
-  asystem replay RUN_FOLDER     repeat a run, act by act, and compare every metric
+  asystem export RUN_OR_CHECKPOINT OUT [best] [dtype=DTYPE]       write a Hugging Face folder
+  asystem report RUN_FOLDER                                       write its report.html anew
+  asystem replay RUN_FOLDER                                       repeat a run, act by act, and compare every metric
 
 A recipe is a folder with a config.yaml: recipes/NAME here, a shipped one, or any path."""
 
@@ -48,31 +52,39 @@ def _run(command: str, arguments: list[str]) -> None:
     COMMANDS[command](arguments)
 
 
-def _train(arguments: list[str]) -> None:
+def _train(command: str, arguments: list[str]) -> None:
     from asystem.compose import load_config
 
+    arguments = [*arguments, f"command={command}"]
     if any(argument.startswith("-") for argument in arguments):
-        _with_hydra(arguments)
+        _with_hydra(command, arguments)
         return
     _start(load_config(arguments))
 
 
 def _start(config: Config) -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        from asystem.controller.run import train
-
-        train(config)
+        _control(config)
         return
     from asystem.spmd import bootstrap  # one process a node: node 0 controls, the others lend their ranks
 
     with bootstrap(config.runtime) as is_controller:
         if is_controller:
-            from asystem.controller.run import train
-
-            train(config)
+            _control(config)
 
 
-def _with_hydra(arguments: list[str]) -> None:
+def _control(config: Config) -> None:
+    if config.command is Command.train:
+        from asystem.controller.run import train
+
+        train(config)
+    else:
+        from asystem.controller.finetune import finetune
+
+        finetune(config)
+
+
+def _with_hydra(command: str, arguments: list[str]) -> None:
     from hydra._internal.utils import _run_hydra, get_args_parser
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -91,7 +103,7 @@ def _with_hydra(arguments: list[str]) -> None:
         load_config(args.overrides)
         args.overrides = complete_overrides(args.overrides)
     if "COMP_LINE" in os.environ:  # Hydra completes what follows the program's name, which for it is `asystem train`
-        os.environ["COMP_LINE"] = os.environ["COMP_LINE"].replace(" train ", " ", 1)
+        os.environ["COMP_LINE"] = re.sub(r" (train|sft) ", " ", os.environ["COMP_LINE"], count=1)
     sys.argv = ["asystem", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, instead of a traceback to the screen
     try:
@@ -135,7 +147,28 @@ def _replay(arguments: list[str]) -> None:
     print(f"replay of {run.name}: all metrics of {steps} steps are equal; {folder}")
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"train": _train, "report": _report, "replay": _replay}
+def _export(arguments: list[str]) -> None:
+    options = [argument for argument in arguments if argument == "best" or argument.startswith("dtype=")]
+    paths = [argument for argument in arguments if argument not in options]
+    dtype = next((option.removeprefix("dtype=") for option in options if option != "best"), None)
+    if len(paths) != 2:
+        raise ConfigError("asystem export RUN_OR_CHECKPOINT OUT [best] [dtype=DTYPE]: name two folders")
+    if dtype not in (None, *EXPORTED_DTYPES):
+        raise ConfigError(f"dtype={dtype}: choose {', '.join(EXPORTED_DTYPES)}")
+    from asystem.training import export_checkpoint, find_checkpoint
+
+    checkpoint = find_checkpoint(Path(paths[0]), best="best" in options)
+    print(f"{checkpoint} -> {paths[1]} ({export_checkpoint(checkpoint, Path(paths[1]), dtype)})")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": partial(_train, "train"),
+    "sft": partial(_train, "sft"),
+    "export": _export,
+    "report": _report,
+    "replay": _replay,
+}
+EXPORTED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _one_line(run: Callable[[], None]) -> int:

@@ -47,6 +47,27 @@ class Normalizer(Enum):
     budget = "budget"  # sum over tokens divided by the constant token budget (C3PO: 1/Φ)
 
 
+class Command(Enum):
+    train = "train"  # reinforcement learning
+    sft = "sft"  # supervised fine-tuning
+    dpo = "dpo"  # direct preference optimization
+
+
+class TooLong(Enum):
+    drop = "drop"  # leave the row out, and count it
+    cut = "cut"  # keep its first tokens
+
+
+class Turns(Enum):
+    all = "all"  # every assistant turn of a conversation
+    last = "last"
+
+
+class DpoLoss(Enum):
+    sigmoid = "sigmoid"  # Rafailov et al. 2023, eq. 7
+    ipo = "ipo"  # Azar et al. 2023, eq. 17, over log-probabilities averaged per token
+
+
 class Schedule(Enum):
     constant = "constant"
     linear = "linear"
@@ -87,14 +108,15 @@ class ModelConfig:
     max_positions: int = 4096
     tie_embeddings: bool = True
     tokenizer: str = "bytes"  # "bytes", or a folder with tokenizer.json; a model folder's own wins when null-pathed
+    chat_template: str | None = None  # Jinja file in place of the tokenizer's own, as with {% generation %} markers
 
 
 @dataclass
 class DataConfig:
     task: str | None = None  # Python file with train(), evaluation(), reward(), demonstrations(); see README
-    train: str | None = None  # JSONL file with a "prompt" a line, instead of the task's train()
-    evaluation: str | None = None  # JSONL file of held-out prompts
-    demonstrations: str | None = None  # JSONL file of {"prompt", "response"} for the supervised warm-up
+    train: str | None = None  # JSONL or Parquet file, or a folder of them, instead of the task's train()
+    evaluation: str | None = None  # the same with held-out rows
+    demonstrations: str | None = None  # the same with {"prompt", "response"} for the supervised warm-up
     name: str = "task"  # names the metric eval/<name>/accuracy
     max_prompt_tokens: int = 1024
     shuffle: bool = True
@@ -194,6 +216,28 @@ class TrainingConfig:
 
 
 @dataclass
+class FinetuneConfig:
+    """What `asystem sft` and `asystem dpo` read beside data, model, training, evaluation and checkpoint."""
+
+    epochs: float | None = None  # passes over the training rows, which then set `steps`; null = `steps` as given
+    batch_size: int = 32  # rows of one optimizer step; a row of DPO is a pair
+    max_tokens: int = 2048  # of one conversation
+    too_long: TooLong = TooLong.drop
+    turns: Turns = Turns.all
+    held_out: int = 0  # training rows to put aside, drawn by seed, where there is no data.evaluation
+    export: bool = True  # at the end, a Hugging Face folder: model/ in the run's folder
+
+
+@dataclass
+class DpoConfig:
+    """The loss of `asystem dpo`."""
+
+    beta: float = 0.1  # how much a log-ratio to the reference counts; IPO's τ
+    loss: DpoLoss = DpoLoss.sigmoid
+    label_smoothing: float = 0.0  # probability that a preference is noted the wrong way round; sigmoid only
+
+
+@dataclass
 class RewardConfig:
     ranks: int = 1
     max_error_share: float = 0.2  # of the rollouts of one step; above it the run stops
@@ -202,7 +246,7 @@ class RewardConfig:
 @dataclass
 class EvaluationConfig:
     every: int = 0  # optimizer steps between evaluations; 0 = only before and after RL
-    prompts: int = 128  # held-out prompts used (the first ones)
+    prompts: int = 128  # held-out prompts (sft, dpo: rows) used (the first ones)
     temperature: float = 0.0
 
 
@@ -240,11 +284,12 @@ class TrackingConfig:
 
 @dataclass
 class Config:
+    command: Command = Command.train  # which program runs; `asystem sft` sets it
     recipe: str = "???"
     recipe_dir: str = "."  # folder of the recipe: relative paths in `data` start here
     run_dir: str | None = None  # null = runs/<recipe>/<date-time>
     seed: int = 0
-    steps: int = 10  # optimizer steps of RL
+    steps: int = 10  # optimizer steps
     device: str = "auto"  # cpu | cuda; auto = cuda when there is one
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -252,6 +297,8 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,30 @@ def train(config: Config, make_controller: Callable[..., Controller] = Controlle
     check_model(config)
     run_dir = new_run_dir(config)
     tracker = Tracker(config, run_dir)
-    status, started = "failed", time.time()
     controller: Controller | None = None
+    with (
+        ending(tracker, lambda: summarize(controller)),
+        make_runtime(config.runtime, config.placement, on_call=tracker.call) as runtime,
+    ):
+        trainers, generators, rewarders = spawn_groups(config, runtime, run_dir)
+        pool = make_pool(config, len(task.train))
+        controller = make_controller(config, trainers, generators, rewarders, pool, tracker)
+        asyncio.run(_until_first_failure(controller))
+    return tracker.finish("finished", {})
+
+
+@contextmanager
+def ending(tracker: Tracker, figures: Callable[[], dict[str, Any]]) -> Iterator[None]:
+    """Ends the run's tracking when the block ends, however it does: finished, failed or interrupted."""
+    status, started = "failed", time.time()
     try:
-        with make_runtime(config.runtime, config.placement, on_call=tracker.call) as runtime:
-            trainers, generators, rewarders = spawn_groups(config, runtime, run_dir)
-            pool = make_pool(config, len(task.train))
-            controller = make_controller(config, trainers, generators, rewarders, pool, tracker)
-            asyncio.run(_until_first_failure(controller))
+        yield
         status = "finished"
     except KeyboardInterrupt:
         status = "interrupted"
         raise
     finally:
-        summary = tracker.finish(status, summarize(controller, time.time() - started))
-    return summary
+        tracker.finish(status, {"wall_seconds": time.time() - started} | figures())
 
 
 def make_pool(config: Config, num_prompts: int) -> Pool:
@@ -83,14 +93,13 @@ def spawn_groups(config: Config, runtime: Runtime, run_dir: Path) -> tuple[Train
     return trainers, generators, rewarders
 
 
-def summarize(controller: Controller | None, seconds: float) -> dict[str, Any]:
+def summarize(controller: Controller | None) -> dict[str, Any]:
     """The figures of `summary.json` that the controller knows."""
     if controller is None:
-        return {"steps": 0, "wall_seconds": seconds}
+        return {"steps": 0}
     accuracy = list(controller.accuracy.values())
     return {
         "steps": controller.version,
-        "wall_seconds": seconds,
         "eval_first": accuracy[0] if accuracy else None,
         "eval_last": accuracy[-1] if accuracy else None,
         "tokens_generated": controller.generated,

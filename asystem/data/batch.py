@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from asystem.types import Ref, Trajectory
@@ -49,11 +50,16 @@ class Batch:
     def split(self, parts: int) -> list[Batch]:
         """Cuts the rows into parts of nearly equal tokens, prompts included. With fewer rows than parts some are empty;
         their ranks still take part in collectives."""
-        loads = [(0, part) for part in range(parts)]
-        chosen: list[list[int]] = [[] for _ in range(parts)]
-        cost = [row.prompt_length + row.length for row in self.rows]
-        for index in sorted(range(len(self.rows)), key=lambda i: (-cost[i], i)):
-            load, part = heapq.heappop(loads)
-            chosen[part].append(index)
-            heapq.heappush(loads, (load + cost[index], part))
-        return [replace(self, rows=[self.rows[index] for index in sorted(part)], dropped=[]) for part in chosen]
+        shares = balanced([row.prompt_length + row.length for row in self.rows], parts)
+        return [replace(self, rows=[self.rows[index] for index in share], dropped=[]) for share in shares]
+
+
+def balanced(costs: Sequence[int], parts: int) -> list[list[int]]:
+    """Which rows each part gets, in order: the costliest first, each to the part with the least so far."""
+    loads = [(0, part) for part in range(parts)]
+    chosen: list[list[int]] = [[] for _ in range(parts)]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, part = heapq.heappop(loads)
+        chosen[part].append(index)
+        heapq.heappush(loads, (load + costs[index], part))
+    return [sorted(part) for part in chosen]

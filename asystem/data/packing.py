@@ -34,6 +34,7 @@ class Sample:
         infer_logprobs: [R] as sampled; None (a demonstration) reads as 0.
         versions: [R] weight version that sampled each token; None reads as -1.
         rollout: its number; -1 for a demonstration.
+        trained: [R] false at response tokens that are context only, as later user turns; None = all are trained.
     """
 
     prompt_tokens: npt.ArrayLike
@@ -43,6 +44,7 @@ class Sample:
     infer_logprobs: npt.ArrayLike | None = None
     versions: npt.ArrayLike | None = None
     rollout: int = -1
+    trained: npt.ArrayLike | None = None
 
     @property
     def length(self) -> int:
@@ -56,7 +58,7 @@ class PackedBatch:
 
     Attributes:
         tokens, positions: [T] int64. cu_seqlens: [N + 1] int32. max_seqlen: tokens of the longest sequence.
-        labels: [T] int64, the next token or -100. mask: [T] bool, true where the label is a response token.
+        labels: [T] int64, the next token or -100. mask: [T] bool, true where the label is a trained token.
         label_rows: [M] int64, where the mask is true: the rows whose logits are needed.
         infer_logprobs, advantages, token_weights: [T] float32, 0 where masked out. versions: [T] int32, -1 there.
         sequence: [T] int32, the number of the sequence within this batch. rollouts: N numbers.
@@ -97,9 +99,14 @@ def pack(samples: Sequence[Sample], budget: int) -> list[PackedBatch]:
     Raises:
         DataError: an empty prompt or response, or arrays of unequal length, with the rollout's number.
     """
-    lengths = [_checked_length(sample) for sample in samples]
+    return pack_groups([[sample] for sample in samples], budget)
+
+
+def pack_groups(groups: Sequence[Sequence[Sample]], budget: int) -> list[PackedBatch]:
+    """The same with groups that stay together, each in its order: what a loss compares must be in one micro-batch."""
+    lengths = [sum(_checked_length(sample) for sample in group) for group in groups]
     bins = sorted(plan_bins(lengths, budget), key=lambda rows: -sum(lengths[row] for row in rows))
-    return [pack_one([samples[row] for row in rows]) for rows in bins]
+    return [pack_one([sample for row in rows for sample in groups[row]]) for rows in bins]
 
 
 def plan_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -135,10 +142,17 @@ def pack_one(samples: Sequence[Sample]) -> PackedBatch:
         ]
     )
 
+    def flat(values: Sequence[npt.ArrayLike]) -> npt.NDArray[Any]:
+        """Each sample's [R] values, or its one value for all R, one sample after another."""
+        return np.concatenate([np.broadcast_to(v, len(r)) for v, r in zip(values, responses, strict=True)])
+
+    trained = flat([_or(sample.trained, True) for sample in samples]).astype(np.bool_)
+    label_rows = label_rows[trained]
+
     def at_labels(values: Sequence[npt.ArrayLike], dtype: type[np.generic], default: float) -> Tensor:
-        """[T]: each sample's [R] values, or its one value for all R, where response tokens are the label."""
+        """[T]: the values where trained tokens are the label."""
         row = np.full(len(tokens), default, dtype)
-        row[label_rows] = np.concatenate([np.broadcast_to(v, len(r)) for v, r in zip(values, responses, strict=True)])
+        row[label_rows] = flat(values)[trained]
         return torch.from_numpy(row)
 
     return PackedBatch(
@@ -182,7 +196,7 @@ def _checked_length(sample: Sample) -> int:
             f"rollout {sample.rollout} has {num_prompt} prompt and {num_response} response tokens; "
             "each needs at least 1"
         )
-    for name in ("infer_logprobs", "versions"):
+    for name in ("infer_logprobs", "versions", "trained"):
         values = getattr(sample, name)
         if values is not None and np.shape(values) != (num_response,):
             raise DataError(f"rollout {sample.rollout}: {name} {np.shape(values)} for {num_response} response tokens")

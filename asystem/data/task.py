@@ -7,9 +7,9 @@ A recipe's `task.py` is plain Python, with no registration. It may define any of
     def demonstrations() -> list[dict]: ...   # each {"prompt": ..., "response": text}
     def reward(row: dict, response: str) -> float: ...
 
-and JSONL files (`data.train`, `data.evaluation`, `data.demonstrations`) stand in for the first three. Every worker
-loads the task by itself, so the functions must give the same rows every time (seed what is random): requests name a row
-by its number and no text passes through the controller.
+and JSONL or Parquet files (`data.train`, `data.evaluation`, `data.demonstrations`) stand in for the first three. Every
+worker loads the task by itself, so the functions must give the same rows every time (seed what is random): requests
+name a row by its number and no text passes through the controller.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
 from asystem.config import DataConfig
+from asystem.data.files import Located, read_rows
 from asystem.errors import DataError
 from asystem.plugin import load_module, resolve
 
@@ -66,47 +66,33 @@ def load_task(config: DataConfig, recipe_dir: str) -> Task:
     return Task(config.name, train, evaluation, demonstrations, getattr(module, "reward", None))
 
 
-def read_jsonl(path: Path, required: Sequence[str]) -> list[Row]:
-    """The objects of a JSONL file, each with the required keys.
-
-    Raises:
-        DataError: naming the file and the line that is empty, is not a JSON object, or lacks a key.
-    """
-    if not path.is_file():
-        raise DataError(f"dataset {path} does not exist")
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            raise DataError(f"{where}: the line is empty; remove it")
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not JSON: {error}") from error
-        rows.append(_checked(row, required, where))
-    if not rows:
-        raise DataError(f"dataset {path} is empty")
-    return rows
-
-
 def prompt_key(row: Row) -> str:
     """A prompt as one string, for comparing prompts."""
     prompt = row["prompt"]
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
-def _rows(
-    name: str, path: str | None, recipe_dir: str, module: ModuleType | None, required: Sequence[str]
-) -> list[Row]:
+def locate_rows(name: str, path: str | None, recipe_dir: str, module: ModuleType | None) -> list[Located]:
+    """The rows of a file (or folder), else what the task's function of that name returns, each with where it stands.
+
+    Raises:
+        DataError: the file cannot be read, or the function fails.
+    """
     if path is not None:
-        return read_jsonl(resolve(path, recipe_dir), required)
+        return read_rows(resolve(path, recipe_dir))
     if module is None or not hasattr(module, name):
         return []
     try:
         rows = list(getattr(module, name)())
     except Exception as error:
         raise DataError(f"{module.__file__}: {name}() failed: {type(error).__name__}: {error}") from error
-    return [_checked(row, required, f"{module.__file__}: {name}() row {i}") for i, row in enumerate(rows)]
+    return [(f"{module.__file__}: {name}() row {number}", row) for number, row in enumerate(rows)]
+
+
+def _rows(
+    name: str, path: str | None, recipe_dir: str, module: ModuleType | None, required: Sequence[str]
+) -> list[Row]:
+    return [_checked(row, required, where) for where, row in locate_rows(name, path, recipe_dir, module)]
 
 
 def _checked(row: Any, required: Sequence[str], where: str) -> Row:

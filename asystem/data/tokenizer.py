@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
+from asystem.data.template import Span, render
 from asystem.errors import DataError
 
 BYTES = "bytes"
@@ -58,6 +58,11 @@ class Tokenizer:
         self.chat_template = chat_template
 
     @cached_property
+    def end_tokens(self) -> list[str]:
+        """The tokens of `eos_ids` as text."""
+        return [token for number in sorted(self.eos_ids) if (token := self._fast.id_to_token(number)) is not None]
+
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return 1 + max(self._fast.get_vocab(with_added_tokens=True).values())
@@ -86,20 +91,32 @@ class Tokenizer:
         Raises:
             DataError: no chat template, or one that refuses these messages.
         """
+        return self.apply_chat_marked(messages, add_generation_prompt=add_generation_prompt, **variables)[0]
+
+    def apply_chat_marked(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, **variables: Any
+    ) -> tuple[str, list[Span]]:
+        """The same, and the spans that the template marks as the assistant's own; none where it marks nothing."""
         if self.chat_template is None:
             raise DataError("the tokenizer has no chat template; give prompts as plain text, not as chat messages")
-        from jinja2 import TemplateError
-
         values: dict[str, Any] = {
             name: _content(value) for name, value in self._config.items() if name.endswith("_token") and value
         }
         values |= {"eos_token": self.eos_token, "pad_token": self.pad_token, "tools": None, "documents": None}
         values |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **variables}
-        try:
-            text: str = _compile_template(self.chat_template).render(values)
-            return text
-        except (TemplateError, TypeError) as error:
-            raise DataError(f"the chat template cannot render these messages: {error}") from None
+        return render(self.chat_template, values)
+
+    def encode_spans(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+        """Token ids, and which of the tokens lie within one of the spans, which are in order and do not overlap."""
+        encoding = self._fast.encode(text, add_special_tokens=False)
+        inside = [False] * len(encoding.ids)
+        token, offsets = 0, encoding.offsets
+        for start, end in spans:
+            while token < len(offsets) and offsets[token][1] <= end:
+                # Some tokenizers leave white space out of a token's offsets: its end is where it ends all the same.
+                inside[token] = offsets[token][0] >= start and offsets[token][1] > start
+                token += 1
+        return encoding.ids, inside
 
     def save(self, path: str | Path) -> None:
         """Writes a folder's tokenizer files, as transformers' AutoTokenizer reads them."""
@@ -182,26 +199,6 @@ def _byte_alphabet() -> list[str]:
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     shifted = iter(range(256, 512))
     return [chr(byte if byte in printable else next(shifted)) for byte in range(256)]
-
-
-@lru_cache(maxsize=8)
-def _compile_template(source: str) -> Any:
-    """Chat templates come with downloaded models, so they run in Jinja's sandbox; the settings are transformers'."""
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def tojson(value: Any, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-    return environment.from_string(source)
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

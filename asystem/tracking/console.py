@@ -10,14 +10,17 @@ from typing import Protocol
 
 PHASE_SECONDS = 5.0  # between two lines about a phase in which no step ends
 
-# What a line shows: metric, label, format. What a step did not measure is left out of its line.
+# What a line shows: metric, label, format. What a step did not measure is left out of its line; of two metrics with one
+# label the first is shown.
 COLUMNS = (
     ("reward/mean", "reward", "5.3f"),
+    ("train/perplexity", "perplexity", "7.3f"),
     ("rollout/staleness_mean", "staleness", "4.2f"),
     ("rollout/length_mean", "length", "5.1f"),
     ("icepop/masked_fraction", "masked", "6.4f"),
     ("train/grad_norm", "grad", "6.3f"),
     ("rollout/tokens_per_second", "tokens/s", "7,.0f"),
+    ("train/tokens_per_second", "tokens/s", "7,.0f"),
     ("time/step", "seconds", "5.2f"),
 )
 
@@ -116,10 +119,17 @@ class LiveConsole:
 
 
 def columns(metrics: Mapping[str, float]) -> str:
-    """The figures of a step on one line; held-out accuracy first, where it was measured."""
+    """The figures of a step on one line; what was measured on held-out data first."""
     shown = [("accuracy", "5.3f", metrics[name]) for name in sorted(metrics) if is_accuracy(name)]
-    shown += [(label, spec, metrics[name]) for name, label, spec in COLUMNS if name in metrics]
+    shown += [("held-out loss", "6.4f", metrics[name]) for name in sorted(metrics) if is_held_out_loss(name)]
+    figures = {label: (label, spec, metrics[name]) for name, label, spec in reversed(COLUMNS) if name in metrics}
+    shown += reversed(figures.values())
     return "  ".join(f"{label} {value:{spec}}" for label, spec, value in shown if math.isfinite(value))
+
+
+def is_held_out_loss(name: str) -> bool:
+    """Whether a metric is `eval/<task>/loss`."""
+    return name.startswith("eval/") and name.endswith("/loss")
 
 
 def is_accuracy(name: str) -> bool:

@@ -35,7 +35,8 @@ CHARTS: tuple[tuple[str, tuple[str, ...], tuple[float, float] | None], ...] = (
     ("Share of tokens masked by the correction", ("icepop/masked_fraction",), None),
     ("Entropy, nats a token", ("train/entropy",), None),
     ("Gradient norm before clipping", ("train/grad_norm",), None),
-    ("Loss", ("train/loss",), None),
+    ("Loss", ("train/loss", "eval/*/loss"), None),
+    ("Perplexity", ("train/perplexity", "eval/*/perplexity"), None),
     ("Response length, tokens", ("rollout/length_max", "rollout/length_mean"), None),
     ("Rollouts carried over and purged", ("rollout/carried", "rollout/purged"), None),
     ("Tokens a second", ("rollout/tokens_per_second", "train/tokens_per_second"), None),
@@ -91,7 +92,8 @@ def write_report(run_dir: Path) -> Path:
 
 def _headline(summary: dict[str, Any]) -> str:
     overlap = summary.get("overlap") or {}
-    facts = [("held-out accuracy", _before_after(summary))]
+    facts = [("held-out accuracy", _before_after(summary, "eval"))]
+    facts += [("held-out loss", _before_after(summary, "eval_loss"))]
     facts += [(label, f"{summary[key]:,}") for label, key in _COUNTS if summary.get(key) is not None]
     if summary.get("wall_seconds") is not None:
         facts.append(("wall time", f"{summary['wall_seconds']:,.0f} s"))
@@ -111,8 +113,8 @@ def _headline(summary: dict[str, Any]) -> str:
 _COUNTS = (("optimizer steps", "steps"), ("tokens generated", "tokens_generated"), ("tokens trained", "tokens_trained"))
 
 
-def _before_after(summary: dict[str, Any]) -> str:
-    first, last = summary.get("eval_first"), summary.get("eval_last")
+def _before_after(summary: dict[str, Any], key: str) -> str:
+    first, last = summary.get(f"{key}_first"), summary.get(f"{key}_last")
     return "" if first is None or last is None else f"{first:.3f} → {last:.3f}"
 
 

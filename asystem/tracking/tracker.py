@@ -64,7 +64,8 @@ class Tracker:
         """Writes what a step measured, with the rates and times since the last call of this method.
 
         Added, unless given: `time/step`, `time/<group>_<method>` (seconds of calls, the mean over the group's ranks),
-        `rollout/tokens_per_second` (generated, over all the time), `train/tokens_per_second` (over the updates alone).
+        `rollout/tokens_per_second` (generated, over all the time), `train/tokens_per_second` (over the updates alone;
+        response tokens, or without rollouts all tokens).
         NaN and infinity are written as null.
         """
         now = time.time()
@@ -138,8 +139,9 @@ class Tracker:
         if self._tokens > self._logged_tokens:
             times["rollout/tokens_per_second"] = (self._tokens - self._logged_tokens) / max(times["time/step"], 1e-9)
         update = sum(_mean(ranks) for (_, method), ranks in self._seconds.items() if method == "update")
-        if update > 0 and "rollout/tokens" in given:
-            times["train/tokens_per_second"] = given["rollout/tokens"] / update
+        trained = given.get("rollout/tokens", given.get("train/tokens"))
+        if update > 0 and trained is not None:
+            times["train/tokens_per_second"] = trained / update
         return times
 
     def _counted(self) -> dict[str, Any]:
@@ -166,15 +168,19 @@ class Tracker:
 
 def closing_line(recipe: str, summary: Mapping[str, Any], page: Path) -> str:
     """How a run ended, in one line."""
-    first, last = summary["eval_first"], summary["eval_last"]
-    accuracy = "" if first is None else f"held-out accuracy {first:.3f} -> {last:.3f}, "
+    held_out = "".join(
+        f"held-out {what} {summary[f'{key}_first']:.3f} -> {summary[f'{key}_last']:.3f}, "
+        for what, key in (("accuracy", "eval"), ("loss", "eval_loss"))
+        if summary.get(f"{key}_first") is not None
+    )
+    work = "generated" if summary["tokens_generated"] or not summary["tokens_trained"] else "trained"
     shares = {"training": summary["overlap"]["generation_training"], "reward": summary["overlap"]["generation_reward"]}
     shown = [f"generation/{name} {share:.0%}" for name, share in shares.items() if share is not None]
     overlapped = f", overlap {' '.join(shown)}" if shown else ""
     page = page.relative_to(Path.cwd()) if page.is_relative_to(Path.cwd()) else page
     return (
-        f"{recipe} {summary['status']}: {accuracy}{summary['steps']} steps, {summary['wall_seconds']:.1f} s, "
-        f"{summary['tokens_generated']:,} tokens generated{overlapped}; {page}"
+        f"{recipe} {summary['status']}: {held_out}{summary['steps']} steps, {summary['wall_seconds']:.1f} s, "
+        f"{summary[f'tokens_{work}']:,} tokens {work}{overlapped}; {page}"
     )
 
 

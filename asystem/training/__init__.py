@@ -1,8 +1,17 @@
 """Training: packed micro-batches, FSDP2 over ranks, checkpoints. `engine.TrainEngine` is the way in."""
 
+from asystem.training.checkpoint import find_checkpoint
 from asystem.training.engine import TrainEngine
 from asystem.training.export import describe_model, export_checkpoint
 from asystem.training.losses import LossFn, supervised_loss
 from asystem.training.saving import Saver
 
-__all__ = ["LossFn", "Saver", "TrainEngine", "describe_model", "export_checkpoint", "supervised_loss"]
+__all__ = [
+    "LossFn",
+    "Saver",
+    "TrainEngine",
+    "describe_model",
+    "export_checkpoint",
+    "find_checkpoint",
+    "supervised_loss",
+]

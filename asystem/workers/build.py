@@ -7,8 +7,10 @@ import torch.distributed as dist
 
 from asystem.config import Config, ModelConfig
 from asystem.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
+from asystem.errors import DataError
 from asystem.models import (
     Decoder,
+    ModelSpec,
     Shard,
     check_folder,
     check_lora,
@@ -17,6 +19,7 @@ from asystem.models import (
     load_model,
     spec_from_config,
 )
+from asystem.plugin import resolve
 
 
 def pick_device(config: Config, local_rank: int = 0) -> torch.device:
@@ -44,10 +47,15 @@ def build_tokenizer(config: Config, vocab_size: int) -> Tokenizer:
     """The tokenizer, checked against the model's vocabulary.
 
     Raises:
-        DataError: no tokenizer there, or it has ids that the model has not.
+        DataError: no tokenizer or chat template there, or it has ids that the model has not.
     """
     tokenizer = load_tokenizer(tokenizer_path(config.model))
     check_tokenizer(tokenizer, vocab_size)
+    if config.model.chat_template is not None:
+        path = resolve(config.model.chat_template, config.recipe_dir)
+        if not path.is_file():
+            raise DataError(f"model.chat_template: {path} does not exist")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
     return tokenizer
 
 
@@ -80,7 +88,7 @@ def replica_part(rank: int, ranks: int, size: int) -> Shard | None:
     return Shard(rank % size, size, groups[rank // size])
 
 
-def check_model(config: Config) -> None:
+def check_model(config: Config) -> tuple[ModelSpec, Tokenizer]:
     """Looks at the model folder, the tokenizer and the adapter without reading weights, before anything starts.
 
     Raises:
@@ -88,6 +96,6 @@ def check_model(config: Config) -> None:
         ConfigError: the model cannot be cut over `generation.tensor_parallel` ranks.
     """
     spec = spec_from_config(config.model) if config.model.path is None else check_folder(config.model.path)[0]
-    build_tokenizer(config, spec.vocab_size)
     check_parallel(spec, config.generation.tensor_parallel)
     check_lora(spec, config.training.lora)
+    return spec, build_tokenizer(config, spec.vocab_size)

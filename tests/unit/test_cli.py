@@ -11,7 +11,8 @@ import pytest
 
 from asystem import cli
 from asystem.cli import main
-from asystem.config import Config
+from asystem.compose import recipe_names
+from asystem.config import Command, Config
 from asystem.errors import WorkerError
 
 Train = Callable[[Config], None]
@@ -42,6 +43,15 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Config]:
         (["train", "recipe=quickstart", "model.path=nowhere"], "nowhere"),
         (["train", "recipe=quickstart", "model.vocab_size=100"], "100"),
         (["report", "nowhere"], "nowhere is no run's folder"),
+        (["stf", "recipe=sft_sort"], 'unknown command "stf" (did you mean "sft"?)'),
+        (
+            ["sft", "recipe=sft_sort", "finetune.epoch=2"],
+            'unknown key "finetune.epoch" (did you mean "finetune.epochs"?)',
+        ),
+        (["sft", "recipe=quickstart"], 'train() row 0: neither "messages" nor "prompt" and "response"'),
+        (["export", "nowhere", "out"], "nowhere holds no complete checkpoint"),
+        (["export", "nowhere"], "name two folders"),
+        (["export", "nowhere", "out", "dtype=float8"], "dtype=float8: choose float32, bfloat16, float16"),
         (["train", "recipe=quickstart", "--bogus"], "unrecognized arguments: --bogus"),
         (["train", "--cfg", "job"], "which recipe?"),
         (["train", "--cfg", "job", "recipe=quickstart", "steps=many"], "steps: value 'many'"),
@@ -72,6 +82,21 @@ def test_a_run_starts_where_it_was_called_and_leaves_nothing_of_hydra(runs: list
     assert (Path.cwd(), list(tmp_path.iterdir())) == (tmp_path, [])
 
 
+def test_sft_is_a_command_of_its_own_with_the_flags_of_train(
+    runs: list[Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sft", "recipe=sft_sort", "finetune.epochs=2"]) == 0
+    assert main(["sft", "--multirun", "recipe=sft_sort", "seed=1,2"]) == 0
+    assert [(config.command, config.finetune.epochs, config.seed) for config in runs] == [
+        (Command.sft, 2, 0),
+        (Command.sft, 1, 1),
+        (Command.sft, 1, 2),
+    ]
+    capsys.readouterr()
+    assert main(["sft", "recipe=sft_sort", "--cfg", "job"]) == 0
+    assert "command: sft\n" in capsys.readouterr().out
+
+
 def test_multirun_starts_each_combination(runs: list[Config], tmp_path: Path) -> None:
     assert main(["train", "--multirun", "recipe=quickstart", "seed=1", "rollout=sync,c3po"]) == 0
     assert [(config.seed, config.rollout.token_budget) for config in runs] == [(1, None), (1, 4096)]
@@ -92,7 +117,7 @@ def test_help_of_train_lists_recipes_and_options(capsys: pytest.CaptureFixture[s
         main(["train", "--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert "recipe: quickstart\n" in out
+    assert f"recipe: {', '.join(recipe_names())}\n" in out
     assert "rollout: async, c3po, sync\n" in out
 
 
@@ -102,6 +127,7 @@ def test_help_of_train_lists_recipes_and_options(capsys: pytest.CaptureFixture[s
         ("asystem train recipe=q", "recipe=quickstart\n"),
         ("asystem train recipe=quickstart rollout.tok", "rollout.token_budget=\n"),
         ("asystem train runtime=", "runtime=inline runtime=ray\n"),
+        ("asystem sft finetune.too_l", "finetune.too_long=\n"),
     ],
 )
 def test_shell_completion(

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from asystem.compose import GROUPS, load_config, recipe_names, shipped
-from asystem.config import BudgetCounts, Config, Normalizer, RuntimeKind
+from asystem.config import BudgetCounts, Command, Config, Normalizer, RuntimeKind
 from asystem.errors import ConfigError
 
 
@@ -204,6 +204,36 @@ def test_values_that_cannot_work_are_refused(quickstart: Config, override: str, 
         changed(quickstart, override).check()
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("finetune.epochs=0", "finetune.epochs=0 must be above 0, or null"),
+        ("finetune.batch_size=0", "finetune.batch_size=0 is below 1"),
+        ("finetune.max_tokens=1", "finetune.max_tokens=1 is below 2"),
+        ("finetune.max_tokens=5000", "finetune.max_tokens=5000 exceeds model.max_positions=4096"),
+        ("finetune.held_out=-1", "finetune.held_out=-1 is below 0"),
+        ("checkpoint.keep_best=-1", "checkpoint.keep_best=-1 is below 0"),
+        ("checkpoint.keep_best=1", "checkpoint.keep_best=1 needs evaluations to choose by: set evaluation.every"),
+        ("training.lr=0", "training.lr=0 must be above 0"),
+    ],
+)
+def test_values_that_fine_tuning_cannot_use_are_refused(quickstart: Config, override: str, message: str) -> None:
+    config = changed(changed(quickstart, "evaluation.every=0"), override)
+    config.command = Command.sft
+    with pytest.raises(ConfigError) as raised:
+        config.check()
+    assert message in str(raised.value)
+
+
+def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
+    config = changed(quickstart, "rollout.token_budget=-5")
+    config.command = Command.sft
+    config.check()
+    config.finetune.held_out, config.data.evaluation = 5, "rows.jsonl"
+    with pytest.raises(ConfigError, match=r"finetune\.held_out=5 and data\.evaluation=rows\.jsonl both name"):
+        config.check()
 
 
 @pytest.mark.parametrize(

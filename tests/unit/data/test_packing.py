@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asystem.data.packing import NO_LABEL, PackedBatch, Sample, pack, pack_one, plan_bins
+from asystem.data.packing import NO_LABEL, PackedBatch, Sample, pack, pack_groups, pack_one, plan_bins
 from asystem.errors import DataError
 
 
@@ -99,3 +99,34 @@ def _assert_same(batch: PackedBatch, index: int, sample: Sample) -> None:
     assert batch.labels[rows].tolist() == np.asarray(sample.tokens).tolist()
     assert batch.infer_logprobs[rows].tolist() == pytest.approx(np.asarray(sample.infer_logprobs).tolist(), rel=1e-6)
     assert set(batch.sequence[start:end].tolist()) == {index}
+
+
+def test_context_after_the_prompt_is_no_label() -> None:
+    packed = pack_one(
+        [
+            Sample([1, 2], [3, 4, 5, 6], 0.5, advantage=2.0, trained=[True, False, False, True]),
+            Sample([7], [8, 9], 0.25, infer_logprobs=[-1.0, -2.0], trained=[False, True]),
+        ]
+    )
+    assert packed.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert packed.mask.tolist() == [False, True, False, False, True, False, False, True, False]
+    assert packed.label_rows.tolist() == [1, 4, 7]
+    assert packed.token_weights.tolist() == [0, 0.5, 0, 0, 0.5, 0, 0, 0.25, 0]
+    assert packed.infer_logprobs.tolist() == [0, 0, 0, 0, 0, 0, 0, -2.0, 0]
+    with pytest.raises(DataError, match=r"rollout 5: trained \(1,\) for 2 response tokens"):
+        pack([Sample([1], [2, 3], 1.0, rollout=5, trained=[True])], budget=10)
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=3), max_size=12), st.integers(4, 30))
+def test_groups_stay_together_in_their_order(shapes: list[list[int]], budget: int) -> None:
+    groups = [
+        [Sample([0], [0] * n, 1.0, rollout=10 * g + i) for i, n in enumerate(lengths)]
+        for g, lengths in enumerate(shapes)
+    ]
+    batches = pack_groups(groups, budget)
+    assert all(len(batch.tokens) <= budget or len({r // 10 for r in batch.rollouts}) == 1 for batch in batches)
+    found = [number for batch in batches for number in batch.rollouts]
+    starts = {group: found.index(10 * group) for group in range(len(shapes))}
+    for group, start in starts.items():
+        assert found[start : start + len(shapes[group])] == [10 * group + i for i in range(len(shapes[group]))]
+    assert len(found) == sum(map(len, shapes))

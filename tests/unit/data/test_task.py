@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from asystem.config import DataConfig
-from asystem.data.task import load_task, read_jsonl
+from asystem.data.task import load_task
 from asystem.errors import DataError
 
 TASK = """
@@ -51,7 +51,7 @@ def test_files_take_the_place_of_functions(tmp_path: Path) -> None:
 )
 def test_a_bad_line_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
-        read_jsonl(tmp_path / write(tmp_path, "rows.jsonl", text), ("prompt",))
+        load_task(DataConfig(train=write(tmp_path, "rows.jsonl", text)), str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 
 from asystem.data.tokenizer import byte_tokenizer, load_tokenizer
@@ -166,3 +167,46 @@ def test_their_tokenizer_folder_is_read(tmp_path: Path) -> None:
     assert ours.encode("<s>añ<|pad|>") == theirs.encode("<s>añ<|pad|>", add_special_tokens=False)
     messages = [{"role": "user", "content": "é\n"}]
     assert ours.apply_chat(messages) == theirs.apply_chat_template(messages, tokenize=False) == '<s>[user] "é\\n"'
+
+
+@pytest.mark.parametrize("kind", ["bytes", "words", "trimmed"])
+def test_marked_parts_of_a_conversation_are_theirs(tmp_path: Path, kind: str) -> None:
+    """Their `return_assistant_tokens_mask`, for tokens of one byte, and for merged ones with both kinds of offsets."""
+    byte_tokenizer().save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [
+        {"role": "user", "content": "héllo there, what is 7 and 8?"},
+        {"role": "assistant", "content": "héllo to you, 7 and 8 is 15"},
+        {"role": "user", "content": "and what is 7 and 9?"},
+        {"role": "assistant", "content": "7 and 9 is 16"},
+    ]
+    if kind != "bytes":
+        merged = _merging_tokenizer([m["content"] for m in messages], trim=kind == "trimmed")
+        theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=merged, eos_token="<|im_end|>")
+    theirs.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}[assistant]{% generation %}{{ m.content + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}[user]{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = theirs.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, add_generation_prompt=False
+    )
+    ours = load_tokenizer(tmp_path / "theirs")
+    tokens, trained = ours.encode_spans(*ours.apply_chat_marked(messages, add_generation_prompt=False))
+    assert tokens == expected["input_ids"]
+    assert [int(is_trained) for is_trained in trained] == expected["assistant_masks"]
+    assert 0 < sum(trained) < len(tokens)
+
+
+def _merging_tokenizer(texts: list[str], *, trim: bool) -> tokenizers.Tokenizer:
+    """Byte-level BPE with merges; ``trim``: offsets of tokens leave white space out."""
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE())
+    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    fast.post_processor = tokenizers.processors.ByteLevel(trim_offsets=trim)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|im_end|>"], show_progress=False
+    )
+    fast.train_from_iterator(texts, trainer)
+    return fast

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,8 @@ from asystem.errors import TrainingError
 from asystem.stats import Stats
 from asystem.training import supervised_loss
 
+SHORT = [replace(s, prompt_tokens=[3]) for s in make_samples([4, 2, 9, 6])]  # one prompt token each
+
 
 def _rl_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
     return policy_loss(
@@ -29,6 +32,23 @@ def _rl_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Te
         algorithm=choose(AlgorithmConfig(icepop_alpha=0.01, icepop_beta=100.0), "."),
         entropy=entropy,
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_equals_one_at_a_time_in_values_gradients_and_updates(tied: bool) -> None:
+    draw = random.Random(0)
+    samples = [replace(s, trained=[draw.random() < 0.6 for _ in range(s.length - 1)]) for s in SHORT]
+    packed, alone = (make_engine(make_model(tie_embeddings=tied)) for _ in range(2))
+    batch, single = pack(samples, budget=100), [pack_one([sample]) for sample in samples]
+    assert len(batch) == 1 and len(batch[0].label_rows) < sum(s.length - 1 for s in samples)
+    for _ in range(3):
+        expected = torch.cat(alone.logprobs(single))
+        found = packed.logprobs(batch)[0]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        one, many = packed.step(batch, supervised_loss).to_dict(), alone.step(single, supervised_loss).to_dict()
+        assert one == pytest.approx(many, abs=1e-5)
+    for name, value in weights(packed.model).items():
+        torch.testing.assert_close(value, weights(alone.model)[name], atol=1e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("loss_fn", [supervised_loss, _rl_loss])

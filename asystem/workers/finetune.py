@@ -1,0 +1,73 @@
+"""The fine-tuning program: SPMD over its ranks; rows in, an optimizer step on every rank. Supervised, or DPO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from asystem.config import Config
+from asystem.data.examples import ExampleBatch, load_examples
+from asystem.data.packing import PackedBatch, pack_groups
+from asystem.spmd import Collect, Dispatch, Worker, remote
+from asystem.stats import Stats
+from asystem.training import Saver, TrainEngine, describe_model, supervised_loss
+from asystem.workers.build import build_model, build_tokenizer, pick_device, pick_dtype
+
+
+class FinetuneWorker(Worker):
+    """Holds the model, its optimizer, and both datasets, so that a batch is a list of row numbers."""
+
+    collective = True
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        self.config, self.run_dir = config, run_dir
+
+    async def setup(self) -> None:
+        config, device = self.config, pick_device(self.config)
+        model = build_model(config, device, torch.float32)
+        tokenizer = build_tokenizer(config, model.spec.vocab_size)
+        self.train, self.held_out = load_examples(config, tokenizer)
+        self.trainer = TrainEngine(
+            model,
+            config.training,
+            device=device,
+            dtype=pick_dtype(config.training.dtype, device),
+            world_size=self.world_size,
+            total_steps=config.steps,
+        )
+        self.saver = Saver(self.trainer, config.checkpoint, describe_model(model.spec, tokenizer))
+        self.saver.check_space(self.run_dir)
+
+    @remote(Dispatch.SPLIT, Collect.SUM)
+    async def update(self, batch: ExampleBatch) -> Stats:
+        """One optimizer step; metrics of all ranks."""
+        return self.trainer.step(self._micro_batches(batch), supervised_loss)
+
+    @remote(Dispatch.SPLIT, Collect.SUM)
+    async def evaluate(self, batch: ExampleBatch) -> Stats:
+        """`loss`, the batch's under the present weights, and what else the loss measures."""
+        stats, micro = Stats(), self._micro_batches(batch)
+        for packed, logprobs in zip(micro, self.trainer.logprobs(micro), strict=True):
+            loss, part = supervised_loss(packed.to(self.trainer.device), logprobs, torch.zeros_like(logprobs))
+            stats += part
+            stats.add_sum("loss", float(loss))
+        return stats
+
+    @remote(Dispatch.BROADCAST)
+    async def save(self, step: int, score: float | None) -> None:
+        """Begins a checkpoint of all training state and lets training go on; the last step's is complete on return.
+
+        Args:
+            score: of these weights on held-out data, the higher the better; None = not measured.
+        """
+        self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
+        if step == self.config.steps:
+            self.saver.wait()
+
+    def _micro_batches(self, batch: ExampleBatch) -> list[PackedBatch]:
+        """The rows packed, weighted for a mean over the trained tokens of the global batch; pairs stay together."""
+        examples = self.held_out if batch.held_out else self.train
+        weight = 1.0 / max(1, batch.num_trained)
+        groups = [[s.sample(weight, row.number) for s in examples.sequences(row.number)] for row in batch.rows]
+        return pack_groups(groups, self.config.training.micro_batch_tokens)
