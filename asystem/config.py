@@ -29,6 +29,13 @@ class BudgetCounts(Enum):
     completed = "completed"  # whole lengths when rollouts finish (its Algorithm 1)
 
 
+class KVOnUpdate(Enum):
+    """What becomes of the KV of unfinished rollouts when the weights change."""
+
+    keep = "keep"
+    recompute = "recompute"
+
+
 class Anchor(Enum):
     proximal = "proximal"  # the weights before the batch's first update (decoupled PPO: k corrects the rest)
     behavior = "behavior"  # the weights that sampled each token, as inference saw them (plain PPO)
@@ -169,8 +176,11 @@ class GenerationConfig:
     tensor_parallel: int = 1  # ranks of one replica, each with a part of every layer
     max_running: int = 256  # sequences decoded together on one replica
     block_size: int = 16  # tokens in a KV block
-    kv_tokens: int | None = None  # KV pool of one replica, in tokens; null = what max_running at full length needs
-    prefill_tokens: int = 8192  # prompt tokens in one prefill batch
+    # KV pool of one replica, in tokens; null = what max_running at full length needs, as far as the GPU's memory goes
+    kv_tokens: int | None = None
+    memory_fraction: float = 0.9  # share of the GPU's memory that may be in use once the pool is there
+    kv_on_update: KVOnUpdate = KVOnUpdate.keep  # recompute = prefill unfinished rollouts again under new weights
+    prefill_tokens: int = 8192  # computed in one prefill batch; longer prompts are cut, and decoding goes on between
     dtype: str = "auto"  # float32 | bfloat16; auto = bfloat16 on CUDA, float32 on CPU
     graphs: bool = True  # decode steps as CUDA graphs, or on a CPU as compiled code; false = plain PyTorch
 

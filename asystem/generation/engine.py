@@ -1,8 +1,8 @@
 """The native generation engine: continuous batching over a paged KV cache, for rollouts of reinforcement learning.
 
-One loop (`Engine.decode`): admit and prefill what fits, else draw one token for each running sequence. It stops after
-any step, so that a token budget cuts rollouts wherever they stand; they stay here, or are exported, and continue
-exactly there. `scheduler` decides, `runner` computes, `rows` is the state between them.
+One loop (`Engine.decode`): admit and prefill what fits into one batch, then draw tokens for each running sequence. It
+stops after any step, so that a token budget cuts rollouts wherever they stand; they stay here, or are exported, and
+continue exactly there. `scheduler` decides, `runner` computes, `rows` is the state between them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from asystem.config import BudgetCounts, GenerationConfig
+from asystem.config import BudgetCounts, GenerationConfig, KVOnUpdate
 from asystem.errors import CapacityError, ConfigError, DataError
 from asystem.generation.blocks import BlockPool
 from asystem.generation.cpu import CpuRunner, is_supported
@@ -33,12 +33,14 @@ class Decoded:
     Attributes:
         finished: rollouts that ended. generated: new response tokens, the first one after a prefill included.
         completed: tokens of the finished responses, whichever call drew them. steps: decode steps.
+        prefilled: tokens of prompts (and of responses, where their KV was lost) computed before drawing.
     """
 
     finished: list[Trajectory] = field(default_factory=list)
     generated: int = 0
     completed: int = 0
     steps: int = 0
+    prefilled: int = 0
 
 
 class Engine:
@@ -85,6 +87,7 @@ class Engine:
         self.runner = _runner(config, model, self.cache, self.rows, stop_ids)
         self._arrivals = 0
         self._truncated = False  # some running sequence samples with top-k or top-p
+        self._cut = False  # the last prefill batch left something to compute
 
     # --- rollouts in and out -------------------------------------------------------------------------------------
 
@@ -138,11 +141,16 @@ class Engine:
     def weights_updated(self, version: int) -> None:
         """The model's parameters were changed in place: later tokens are stamped with `version`.
 
-        The KV of unfinished rollouts is kept, so their next tokens attend to keys and values of older weights, as in
-        PipelineRL (Piché et al. 2025); prompts that start later are computed with the new weights.
+        With `generation.kv_on_update=keep` the KV of unfinished rollouts is kept, so their next tokens attend to keys
+        and values of older weights, as in PipelineRL (Piché et al. 2025); with `recompute` prompt and response are
+        prefilled again first. Either way, prompts that start later are computed with the new weights alone.
         """
         self.version = version
-        self.scheduler.forget_prompts()
+        if self.config.kv_on_update is KVOnUpdate.recompute:
+            self._leave(range(len(self.scheduler.running)), State.WAITING)
+        self.scheduler.outdate()
+        if self.config.kv_on_update is KVOnUpdate.recompute:
+            self.scheduler.free_idle()
 
     def plan(self) -> dict[str, int]:
         """Bytes held from step to step: the model's weights, the KV pool, and the running batch (workspace)."""
@@ -162,19 +170,24 @@ class Engine:
     ) -> Decoded:
         """Generates until nothing is left to do, or a budget is spent, whichever comes first.
 
+        Sequences that were running wait for one prefill batch at most before their next step. Those that start together
+        wait for each other, so that no step decodes a part of what could run.
+
         Args:
             max_tokens: stop after the step (a prefill or a decode step) in which this many tokens were counted; it is
                 overshot by less than one token a running sequence, or by less than one response by `completed`.
             counts: what counts: new tokens, or the whole responses that end (`BudgetCounts`).
             max_steps: decode steps at most.
         """
-        done = Decoded()
+        done, filling, due = Decoded(), not self.scheduler.running, True
         while (steps := self._steps_allowed(done, max_tokens, counts, max_steps)) > 0:
-            if self._admit(done):
-                continue
-            if not self.scheduler.running:
+            if due and self._admit(done):
+                due = filling or not self.scheduler.running
+            elif self.scheduler.running:
+                self._step(done, 1 if self._cut else steps)
+                filling, due = False, True
+            else:
                 break
-            self._step(done, steps)
         return done
 
     def _steps_allowed(self, done: Decoded, max_tokens: int | None, counts: BudgetCounts, max_steps: int | None) -> int:
@@ -189,18 +202,19 @@ class Engine:
         return min(bounds)
 
     def _admit(self, done: Decoded) -> bool:
-        """Lets waiting sequences join and computes their prompts; False where none can."""
+        """Computes one batch of prompts and lets sequences join that are complete; False where there was neither."""
         first = len(self.scheduler.running)
         admission = self.scheduler.admit()
+        self._cut = admission.cut
         sequences = admission.sequences
-        if not sequences:
-            return False
-        self.rows.join(first, sequences)
-        self._look_at_params()
+        if sequences:
+            self.rows.join(first, sequences)
+            self._look_at_params()
         if admission.prefills:
             self.runner.prefill(admission.prefills, self._context(steps=1))
-            self._collect(done, first + len(admission.rejoined))
-        return True
+            done.prefilled += admission.num_tokens
+            self._collect(done, first + len(admission.ready))
+        return bool(sequences or admission.prefills)
 
     def _step(self, done: Decoded, steps: int) -> None:
         self._grow(steps)
@@ -212,14 +226,19 @@ class Engine:
         self._collect(done, 0)
 
     def _grow(self, steps: int) -> None:
-        growth = self.scheduler.reserve(steps)
-        if growth.rows:
-            self.rows.extend_tables(growth.rows, growth.places, growth.blocks)
-        self._leave(growth.preempted, State.WAITING)
+        short = True
+        while short:
+            growth = self.scheduler.reserve(steps)
+            if growth.rows:
+                self.rows.extend_tables(growth.rows, growth.places, growth.blocks)
+            short = growth.short
+            if short:
+                (newest,) = self._leave([self.scheduler.newest], State.WAITING)
+                self.scheduler.free(newest)
 
     def _context(self, steps: int) -> StepContext:
         num_rows = len(self.scheduler.running)
-        longest = int(self.scheduler.lengths[:num_rows].max()) + steps - 1
+        longest = int(self.scheduler.lengths[:num_rows].max(initial=0)) + steps - 1
         return StepContext(num_rows, min(longest, self.max_length), self._truncated, self.version)
 
     def _collect(self, done: Decoded, first: int) -> None:
@@ -267,7 +286,7 @@ class Engine:
         wanted = None if rollouts is None else set(rollouts)
         chosen = [s for s in self.scheduler.unfinished if wanted is None or s.request.rollout in wanted]
         picked = set(map(id, chosen))
-        self._leave([row for row, s in enumerate(self.scheduler.running) if id(s) in picked], State.FINISHED)
+        self._leave([row for row, s in enumerate(self.scheduler.running) if id(s) in picked], State.WAITING)
         self.scheduler.remove(chosen)
         return chosen
 
@@ -280,6 +299,8 @@ class Engine:
         for sequence, response in zip(sequences, self.rows.responses(chosen), strict=True):
             sequence.tokens, sequence.logprobs, sequence.versions = response
             sequence.state = state
+            if state is not State.FINISHED:  # the rest of those lies in the cache too, but no prompt continues it
+                sequence.computed = sequence.length - 1
         moves = self.scheduler.leave(chosen)
         if moves:
             self.rows.move(moves)

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from asystem.models.attention import PackedAttention
+from asystem.models.attention import varlen_attention
 
 
 class KVCache:
@@ -78,6 +77,12 @@ class KVCache:
         )
         return k.view(shape), v.view(shape)
 
+    def read_tokens(self, layer: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values at `token_rows`, each [T, kv heads, head_dim]."""
+        shape = (-1, self.num_kv_heads, self.head_dim)
+        keys, values = (source.index_select(0, rows).view(shape) for source in self._tokens[layer])
+        return keys, values
+
     def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """Copies whole blocks in all layers: the partly filled last block of a prompt, for each sample of a group."""
         source, destination = (torch.tensor(x, device=self.data.device) for x in (sources, destinations))
@@ -118,6 +123,9 @@ class DecodeAttention:
 class PrefillAttention:
     """Several prompts packed one after another, each attending to itself and to what the cache has before it.
 
+    Where some sequence has a context, all keys and values are read back from the cache, packed in the same order. On
+    CUDA in half precision one variable-length flash kernel serves them all, else sequences take turns.
+
     Args:
         blocks: blocks of each sequence, its context included.
         contexts: tokens of each sequence that are in the cache already.
@@ -132,56 +140,49 @@ class PrefillAttention:
         lengths: Sequence[int],
     ) -> None:
         self.cache, device = cache, cache.data.device
-        self.lengths = list(lengths)
-        places = [_places(b, c, n, cache.block_size) for b, c, n in zip(blocks, contexts, lengths, strict=True)]
-        block, offset = (torch.from_numpy(np.concatenate(x)).to(device) for x in zip(*places, strict=True))
-        self._write_rows = cache.token_rows(block, offset)
-        self._packed: PackedAttention | None = None
-        if cache.data.is_cuda and cache.data.dtype != torch.float32 and not any(contexts):
-            starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-            self._packed = PackedAttention(torch.from_numpy(starts).to(device), max(lengths))
-        self._contexts = [
-            _Context(cache, used, context, length) if context else None
-            for used, context, length in zip(blocks, contexts, lengths, strict=True)
-        ]
+        self.lengths, self.totals = list(lengths), [c + n for c, n in zip(contexts, lengths, strict=True)]
+        self._write_rows = self._rows(blocks, contexts, self.totals)
+        self._read_rows = self._rows(blocks, [0] * len(blocks), self.totals) if any(contexts) else None
+        self._starts: tuple[Tensor, Tensor] | None = None
+        if cache.data.is_cuda and cache.data.dtype != torch.float32:
+            self._starts = _starts(self.lengths, device), _starts(self.totals, device)
+        else:
+            self._masks = [_mask(c, n, device) for c, n in zip(contexts, lengths, strict=True)]
+
+    def _rows(self, blocks: Sequence[Sequence[int]], begins: Sequence[int], ends: Sequence[int]) -> Tensor:
+        """Rows of the cache for the tokens begin..end-1 of each sequence."""
+        size, device = self.cache.block_size, self.cache.data.device
+        spans = [np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]
+        block = np.concatenate([np.asarray(b, np.int64)[s // size] for b, s in zip(blocks, spans, strict=True)])
+        offset = np.concatenate(spans) % size
+        return self.cache.token_rows(torch.from_numpy(block).to(device), torch.from_numpy(offset).to(device))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, query heads, d], k and v [T, kv heads, d] to [T, query heads, d]."""
         # All writes come before any read: a context may be another sequence's prompt of this same batch.
         self.cache.write(layer, self._write_rows, k, v)
-        if self._packed is not None:
-            return self._packed(layer, q, k, v)
-        queries, keys, values = (torch.split(x.transpose(0, 1), self.lengths, dim=1) for x in (q, k, v))
-        parts = []
-        for query, key, value, context in zip(queries, keys, values, self._contexts, strict=True):
-            mask = None
-            if context is not None:
-                key, value, mask = context.read(layer)
-            parts.append(
-                scaled_dot_product_attention(
-                    query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
-                )[0]
-            )
+        if self._read_rows is not None:
+            k, v = self.cache.read_tokens(layer, self._read_rows)
+        if self._starts is not None:
+            return varlen_attention(q, k, v, *self._starts, max(self.lengths), max(self.totals))
+        queries = torch.split(q.transpose(0, 1), self.lengths, dim=1)
+        keys, values = (torch.split(x.transpose(0, 1), self.totals, dim=1) for x in (k, v))
+        parts = [
+            scaled_dot_product_attention(
+                query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )[0]
+            for query, key, value, mask in zip(queries, keys, values, self._masks, strict=True)
+        ]
         return torch.cat(parts, dim=1).transpose(0, 1)
 
 
-class _Context:
-    """Reads one sequence's context and new tokens back from the cache, with the mask of its new tokens."""
-
-    def __init__(self, cache: KVCache, blocks: Sequence[int], context: int, length: int) -> None:
-        self.cache, self.total, device = cache, context + length, cache.data.device
-        self.rows = cache.chunk_rows(torch.tensor([blocks], device=device))
-        places = torch.arange(self.total, device=device)
-        self.mask = places <= places[context:, None]  # [length, total]
-
-    def read(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = self.cache.read(layer, self.rows, 1)
-        return keys[0, :, : self.total], values[0, :, : self.total], self.mask
+def _starts(lengths: list[int], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device)
 
 
-def _places(
-    blocks: Sequence[int], context: int, length: int, block_size: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Block and offset of `length` tokens after `context`."""
-    positions = np.arange(context, context + length)
-    return np.asarray(blocks, np.int64)[positions // block_size], positions % block_size
+def _mask(context: int, length: int, device: torch.device) -> Tensor | None:
+    """[length, context + length] bool, what each new token sees; None without a context, where causal says it all."""
+    if not context:
+        return None
+    places = torch.arange(context + length, device=device)
+    return places <= places[context:, None]

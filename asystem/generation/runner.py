@@ -19,6 +19,8 @@ from asystem.generation.sampler import sample, uniform
 from asystem.generation.scheduler import Prefill
 from asystem.models.decoder import Decoder
 
+DRAWN_LOGITS = 1 << 23  # that the eager sampler takes in one go
+
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
@@ -49,7 +51,7 @@ class Runner(Protocol):
     run_ahead: int
 
     def prefill(self, prefills: Sequence[Prefill], context: StepContext) -> None:
-        """Computes prompts, and draws the next token of their sequences, which hold the last rows in this order."""
+        """Computes tokens, and draws the next one of their sequences, which hold the last rows in this order."""
         ...
 
     def decode(self, steps: int, context: StepContext) -> None:
@@ -77,11 +79,11 @@ class EagerRunner:
         hidden = self.model(tokens, positions, attend)
         # Each sequence of a prefill draws from the logits of the one last token.
         last = np.repeat(np.cumsum(lengths) - 1, [len(p.sequences) for p in prefills])
-        logits = self.model.logits(hidden[torch.from_numpy(last).to(device)])
+        hidden = hidden[torch.from_numpy(last).to(device)]
         sources = [source for p in prefills for source, _ in p.copies]
         if sources:
             self.cache.copy_blocks(sources, [destination for p in prefills for _, destination in p.copies])
-        self._draw(slice(context.num_rows - len(last), context.num_rows), logits, context)
+        self._draw(context.num_rows - len(last), hidden, context)
 
     def decode(self, steps: int, context: StepContext) -> None:
         assert steps == 1, f"the eager runner makes 1 step a call, not {steps}"
@@ -89,11 +91,15 @@ class EagerRunner:
         num_blocks = -(-context.longest // self.cache.block_size)
         attend = DecodeAttention(self.cache, rows.table[used, :num_blocks], rows.position[used])
         hidden = self.model(rows.last_token[used], rows.position[used], attend)
-        self._draw(used, self.model.logits(hidden), context)
+        self._draw(0, hidden, context)
 
-    def _draw(self, used: slice, logits: Tensor, context: StepContext) -> None:
-        rows = self.rows
-        u = uniform(rows.key[used], rows.drawn[used])
-        truncation = (rows.top_k[used], rows.top_p[used]) if context.truncated else None
-        tokens, logprobs = sample(logits, rows.temperature[used], u, truncation)
-        rows.record(used, tokens, logprobs, self._stops, context.version)
+    def _draw(self, first: int, hidden: Tensor, context: StepContext) -> None:
+        """Draws a token for each row from `first` on, some rows at a time: sampling holds 30 bytes a logit."""
+        rows, most = self.rows, max(1, DRAWN_LOGITS // self.rows.vocab_size)
+        for begin in range(0, len(hidden), most):
+            part = hidden[begin : begin + most]
+            used = slice(first + begin, first + begin + len(part))
+            u = uniform(rows.key[used], rows.drawn[used])
+            truncation = (rows.top_k[used], rows.top_p[used]) if context.truncated else None
+            tokens, logprobs = sample(self.model.logits(part), rows.temperature[used], u, truncation)
+            rows.record(used, tokens, logprobs, self._stops, context.version)

@@ -6,13 +6,15 @@
        └─────────────────────────────────────────────────┘
 
 A sequence that keeps its KV blocks while it waits (after a resume) joins without a prefill; one without blocks is
-prefilled over its prompt and all it has generated, so that nothing is lost.
+prefilled over its prompt and all it has generated, so that nothing is lost. A long prefill is cut into chunks, and the
+sequence waits between them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +53,10 @@ class State(Enum):
     FINISHED = "finished"
 
 
+def _name(before: list[bytes], tokens: npt.NDArray[np.int32]) -> bytes:
+    return blake2b(b"".join(before) + tokens.tobytes(), digest_size=16).digest()
+
+
 def _empty_int() -> npt.NDArray[np.int32]:
     return np.empty(0, np.int32)
 
@@ -65,7 +71,9 @@ class Sequence:
 
     Attributes:
         order: place in the order of arrival; the newest is preempted first.
-        blocks: its KV blocks in order of position, the first ones maybe shared with its group.
+        blocks: its KV blocks in order of position, the first ones maybe shared with others.
+        computed: tokens whose keys and values are in them, as of the last prefill or of leaving the running batch.
+        outdated: some of them were computed with older weights than the present ones: nobody else may share them.
         tokens, logprobs, versions: [T], the response so far. While RUNNING the truth is in `rows.Rows`.
     """
 
@@ -73,9 +81,12 @@ class Sequence:
     order: int
     state: State = State.WAITING
     blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+    outdated: bool = False
     tokens: npt.NDArray[np.int32] = field(default_factory=_empty_int)
     logprobs: npt.NDArray[np.float32] = field(default_factory=_empty_float)
     versions: npt.NDArray[np.int32] = field(default_factory=_empty_int)
+    _names: list[bytes] = field(default_factory=list)
 
     @property
     def prompt_length(self) -> int:
@@ -94,6 +105,21 @@ class Sequence:
     def all_tokens(self) -> npt.NDArray[np.int32]:
         """Prompt and response: what a prefill after preemption computes."""
         return np.concatenate([self.request.prompt_tokens, self.tokens])
+
+    def names(self, num_tokens: int, block_size: int) -> list[bytes]:
+        """Names of the blocks that its first `num_tokens` tokens fill, the last one maybe in part.
+
+        A name is a digest of all tokens up to the end of its block: equal names, equal keys and values.
+        """
+        full, rest = divmod(num_tokens, block_size)
+        if rest or len(self._names) < full:
+            tokens = self.all_tokens()
+            for start in range(len(self._names) * block_size, full * block_size, block_size):
+                self._names.append(_name(self._names[-1:], tokens[start : start + block_size]))
+        names = self._names[:full]
+        if rest:
+            names.append(_name(names[-1:], tokens[full * block_size : num_tokens]))
+        return names
 
     def unfinished(self) -> Unfinished:
         return Unfinished(self.request, self.tokens, self.logprobs, self.versions)

@@ -39,20 +39,32 @@ class PackedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, Hk, d] -> [T, Hq, d]."""
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-            return _varlen(q, k, v, self.cu_seqlens, self.max_seqlen)
+            starts, longest = self.cu_seqlens, self.max_seqlen
+            return varlen_attention(q, k, v, starts, starts, longest, longest)
         if self._buckets is None:
             self._buckets = _Buckets(self.cu_seqlens.tolist(), q.device)
         return self._buckets.attend(q, k, v)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_queries: int, max_keys: int
+) -> Tensor:
+    """Causal attention of N packed sequences in one flash kernel, on CUDA in half precision.
+
+    A sequence may have fewer queries than keys: then its queries are the last of its tokens.
+
+    Args:
+        q: [Tq, Hq, d]. k, v: [Tk, Hk, d].
+        cu_queries, cu_keys: [N + 1] int32, where each sequence starts in q and in k, and the totals.
+        max_queries, max_keys: those of the longest sequence, or upper bounds.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 groups heads unasked; later versions want to be asked. (-1, 0): all of the past, none of the future.
     options: dict[str, Any] = {"window_size": (-1, 0)}
     if q.shape[1] != k.shape[1] and _varlen_has_gqa_option():
         options["enable_gqa"] = True
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    out = varlen_attn(q, k, v, cu_queries, cu_keys, max_queries, max_keys, **options)
     assert isinstance(out, Tensor), "varlen_attn returns a tuple only when auxiliary outputs are asked for"
     return out
 

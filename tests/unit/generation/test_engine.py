@@ -115,11 +115,13 @@ def test_ends_by_stop_token_and_by_length() -> None:
     assert any(STOP in t.tokens for t in ignoring.values())
 
 
-def test_a_response_of_one_token_never_decodes() -> None:
-    e = engine()
-    e.submit(requests([replace(SAMPLED, max_new_tokens=1)]))
-    decoded = e.decode()
-    assert (len(decoded.finished), decoded.generated, decoded.completed, decoded.steps) == (18, 18, 18, 0)
+def test_a_prefill_draws_the_first_token_except_where_a_step_computes_the_only_one_missing() -> None:
+    for chosen, steps in ((slice(3, None), 0), (slice(0, 3), 1)):  # prompts of several tokens, prompts of one
+        e, wanted = engine(), requests([replace(SAMPLED, max_new_tokens=1)])[chosen]
+        e.submit(wanted)
+        decoded, count = e.decode(), len(wanted)
+        assert (len(decoded.finished), decoded.generated, decoded.completed, decoded.steps) == (*[count] * 3, steps)
+        assert decoded.prefilled == (0 if steps else sum(LENGTHS[1:]))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def test_exported_rollouts_continue_in_another_engine_as_if_never_interrupted() 
     finished: dict[int, Trajectory] = {}
     first.submit(requests(MIXED))
     finished |= {t.rollout: t for t in first.decode(max_steps=4).finished}
-    chosen = [r.rollout for r in requests(MIXED) if r.rollout not in finished][::4]
+    chosen = [r.rollout for r in requests(MIXED)[3:] if r.rollout not in finished][::4]
     some = first.export([*chosen, 999])
     assert [u.request.rollout for u in some] == chosen != []
     assert all(len(u.tokens) == len(u.logprobs) == len(u.versions) == 5 for u in some)
@@ -205,10 +207,21 @@ def test_a_paused_rollout_keeps_its_kv() -> None:
     assert len(drain(e)) > 0
 
 
+def test_rollouts_carried_over_windows_keep_their_kv_under_new_weights() -> None:
+    e = engine()
+    e.submit(requests([replace(SAMPLED, ignore_eos=True)], group_size=2))
+    windows = []
+    for version in range(6):
+        windows.append(e.decode(max_tokens=40))
+        e.weights_updated(version + 1)
+    assert [w.prefilled for w in windows] == [sum(LENGTHS[1:]), 0, 0, 0, 0, 0]
+    assert [w.generated > 0 for w in windows] == [True] * 5 + [False]
+
+
 def test_versions_change_where_the_weights_did() -> None:
     model, other = tiny_model(), tiny_model(seed=1)
     e = engine(copy.deepcopy(model))
-    wanted = requests([replace(SAMPLED, ignore_eos=True)])
+    wanted = requests([replace(SAMPLED, ignore_eos=True)])[3:]
     e.submit(wanted[:9])
     e.decode(max_steps=4)
     e.model.load_state_dict(other.state_dict())
@@ -266,9 +279,9 @@ def test_completed_lengths_count_when_rollouts_end() -> None:
 
 def test_max_steps_counts_decode_steps() -> None:
     e = engine()
-    e.submit(requests([replace(SAMPLED, ignore_eos=True)]))
+    e.submit(requests([replace(SAMPLED, ignore_eos=True)])[3:])
     decoded = e.decode(max_steps=4)
-    assert (decoded.steps, decoded.generated) == (4, 18 * 5)
+    assert (decoded.steps, decoded.generated) == (4, 15 * 5)
     assert e.decode(max_steps=0).generated == e.decode(max_tokens=0).generated == 0
 
 
