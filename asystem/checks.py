@@ -30,7 +30,7 @@ def check(config: Config) -> None:
     """
     is_rl = config.command.value == "train"
     program = (_positions, _algorithm, _rollout, _liveness) if is_rl else (_finetune,)
-    for section in (_run, _model, *program, _training, _lora, _placement, _others):
+    for section in (_run, _model, *program, _training, _lora, _placement, _precision, _others):
         for broken, message in section(config):
             if broken:
                 raise ConfigError(message)
@@ -232,11 +232,10 @@ def _training(config: Config) -> Iterator[Rule]:
     yield _at_least("training.warmup.steps", warmup.steps, 0)
     yield _at_least("training.warmup.batch_size", warmup.batch_size, 1)
     yield _above("training.warmup.lr", warmup.lr, 0)
-    for name, dtype in (("training", training.dtype), ("generation", config.generation.dtype)):
-        yield (
-            dtype not in ("auto", "float32", "bfloat16"),
-            f'{name}.dtype="{dtype}": choose auto, float32 or bfloat16',
-        )
+    yield (
+        training.dtype not in ("auto", "float32", "bfloat16"),
+        f'training.dtype="{training.dtype}": choose auto, float32 or bfloat16',
+    )
 
 
 def _lora(config: Config) -> Iterator[Rule]:
@@ -275,6 +274,22 @@ def _placement(config: Config) -> Iterator[Rule]:
         f"placement=hybrid with training.ranks={config.training.ranks} and generation.ranks={config.generation.ranks}: "
         "hybrid placement runs on one rank so far; use placement=split",
     )
+
+
+def _precision(config: Config) -> Iterator[Rule]:
+    generation = config.generation
+    dtype, head = generation.dtype, generation.head_dtype
+    yield (
+        dtype not in ("auto", "float32", "bfloat16", "int8", "fp8"),
+        f'generation.dtype="{dtype}": choose auto, float32, bfloat16, int8 or fp8',
+    )
+    yield head not in ("auto", "float32"), f'generation.head_dtype="{head}": choose auto or float32'
+    yield (
+        dtype in ("int8", "fp8") and config.placement.kind.value == "hybrid",
+        f"generation.dtype={dtype} needs weights of its own, and placement=hybrid shares them with training: "
+        "use placement=split or generation.dtype=auto",
+    )
+    yield dtype == "fp8" and config.device == "cpu", "generation.dtype=fp8 needs a GPU, and device=cpu: use int8"
 
 
 def _others(config: Config) -> Iterator[Rule]:

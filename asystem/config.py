@@ -181,7 +181,8 @@ class GenerationConfig:
     memory_fraction: float = 0.9  # share of the GPU's memory that may be in use once the pool is there
     kv_on_update: KVOnUpdate = KVOnUpdate.keep  # recompute = prefill unfinished rollouts again under new weights
     prefill_tokens: int = 8192  # computed in one prefill batch; longer prompts are cut, and decoding goes on between
-    dtype: str = "auto"  # float32 | bfloat16; auto = bfloat16 on CUDA, float32 on CPU
+    dtype: str = "auto"  # float32 | bfloat16; auto = bfloat16 on CUDA, float32 on CPU; 8-bit weights: int8 | fp8
+    head_dtype: str = "auto"  # logits are rounded as all results are; float32 = not rounded
     graphs: bool = True  # decode steps as CUDA graphs, or on a CPU as compiled code; false = plain PyTorch
 
 

@@ -20,12 +20,14 @@ from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_a
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
 from asystem.generation.kernels.linear import is_skinny, linear, norm_linear, takes_norm
 from asystem.generation.kernels.sampling import draw
+from asystem.generation.kernels.tiled import is_tiled, tiled_linear
 from asystem.generation.kv_cache import KVCache
 from asystem.generation.rows import FULL, RUNNING, STOPPED, Rows
-from asystem.generation.runner import EagerRunner, StepContext
+from asystem.generation.runner import EagerRunner, StepContext, head_logits
 from asystem.generation.sampler import sample, uniform
 from asystem.generation.scheduler import Prefill
 from asystem.models.decoder import Block, Decoder, RMSNorm
+from asystem.models.quantized import QuantizedLinear
 
 _MOST_SPLITS = 32
 _PROGRAMS_PER_SM = 8  # attention is split until so many programs a multiprocessor can run
@@ -42,10 +44,12 @@ class CapturedRunner:
 
     run_ahead = 32
 
-    def __init__(self, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int]) -> None:
-        self.model, self.cache, self.rows = model, cache, rows
+    def __init__(
+        self, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int], *, exact_head: bool = False
+    ) -> None:
+        self.model, self.cache, self.rows, self._exact_head = model, cache, rows, exact_head
         device = rows.device
-        self._eager = EagerRunner(model, cache, rows, stop_ids)
+        self._eager = EagerRunner(model, cache, rows, stop_ids, exact_head=exact_head)
         self._stops = torch.zeros(rows.vocab_size, dtype=torch.uint8, device=device)
         self._stops[list(stop_ids)] = 1
         num_rows, max_length = rows.tokens.shape
@@ -125,7 +129,7 @@ class CapturedRunner:
                 follower = blocks[index + 1]
                 qkv, x = _norm_project(x, product, follower.attn_norm, follower.attn.qkv_proj)
         hidden = add_rms_norm(x, product, model.norm.weight, model.norm.eps)
-        logits = torch.nn.functional.linear(hidden, model.head_weight())
+        logits = head_logits(model, hidden, self._exact_head)
         if truncated:
             self._draw_truncated(logits.float(), batch)
         else:
@@ -167,19 +171,25 @@ class CapturedRunner:
 
 
 def _project(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), by the kernel for few rows where that is quicker."""
-    if isinstance(module, nn.Linear) and is_skinny(x, module.weight):
-        return linear(x, module.weight, module.bias)
+    """module(x), by a kernel of ours where that is quicker."""
+    if isinstance(module, (nn.Linear, QuantizedLinear)) and is_skinny(x, module.weight):
+        return linear(x, module.weight, module.bias, _scale(module))
+    if isinstance(module, QuantizedLinear) and is_tiled(x):
+        return tiled_linear(x, module.weight, module.channel_scale, module.bias)
     out: Tensor = module(x)
     return out
+
+
+def _scale(module: nn.Linear | QuantizedLinear) -> Tensor | None:
+    return module.channel_scale if isinstance(module, QuantizedLinear) else None
 
 
 def _norm_project(
     x: Tensor, y: Tensor, norm: RMSNorm, module: nn.Module, *, gate: bool = False
 ) -> tuple[Tensor, Tensor]:
     """module(norm(x + y)), with silu(gate) * up of it where that is what it computes, and x + y."""
-    if isinstance(module, nn.Linear) and is_skinny(x, module.weight) and takes_norm(module.weight):
-        return norm_linear(x, y, norm.weight, norm.eps, module.weight, module.bias, swiglu=gate)
+    if isinstance(module, (nn.Linear, QuantizedLinear)) and is_skinny(x, module.weight) and takes_norm(module.weight):
+        return norm_linear(x, y, norm.weight, norm.eps, module.weight, module.bias, _scale(module), swiglu=gate)
     product = _project(module, add_rms_norm(x, y, norm.weight, norm.eps))
     return swiglu(product) if gate else product, x
 

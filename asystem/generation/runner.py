@@ -64,8 +64,10 @@ class EagerRunner:
 
     run_ahead = 1
 
-    def __init__(self, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int]) -> None:
-        self.model, self.cache, self.rows = model, cache, rows
+    def __init__(
+        self, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int], *, exact_head: bool = False
+    ) -> None:
+        self.model, self.cache, self.rows, self._exact_head = model, cache, rows, exact_head
         self._stops = torch.zeros(rows.vocab_size, dtype=torch.bool, device=rows.device)
         self._stops[list(stop_ids)] = True
 
@@ -101,5 +103,16 @@ class EagerRunner:
             used = slice(first + begin, first + begin + len(part))
             u = uniform(rows.key[used], rows.drawn[used])
             truncation = (rows.top_k[used], rows.top_p[used]) if context.truncated else None
-            tokens, logprobs = sample(self.model.logits(part), rows.temperature[used], u, truncation)
+            logits = head_logits(self.model, part, self._exact_head).float()
+            tokens, logprobs = sample(logits, rows.temperature[used], u, truncation)
             rows.record(used, tokens, logprobs, self._stops, context.version)
+
+
+def head_logits(model: Decoder, hidden: Tensor, exact: bool) -> Tensor:
+    """Logits [N, V] of hidden states [N, D]: rounded to the model's dtype, or as they were summed up, in float32."""
+    weight = model.head_weight()
+    if not exact or hidden.dtype is torch.float32:
+        return torch.nn.functional.linear(hidden, weight)
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return torch.nn.functional.linear(hidden.float(), weight.float())

@@ -6,6 +6,7 @@ from asystem.models.hf import check_folder, from_hf_state, load_model, save_mode
 from asystem.models.lora import PlainWeight, add_lora, merge, merged_copy, plain_weights, refresh_merged, whole
 from asystem.models.parallel import Shard, check_parallel
 from asystem.models.peft import adapter_state, check_lora, load_adapter, save_adapter
+from asystem.models.quantized import QuantizedLinear, quantize
 from asystem.models.spec import ModelSpec, RopeScaling, read_spec, spec_from_config, spec_from_hf, spec_to_hf
 from asystem.models.weights import whole_shapes, write_weight
 
@@ -16,6 +17,7 @@ __all__ = [
     "ModelSpec",
     "PackedAttention",
     "PlainWeight",
+    "QuantizedLinear",
     "RopeScaling",
     "Shard",
     "check_folder",
@@ -30,6 +32,7 @@ __all__ = [
     "merge",
     "merged_copy",
     "plain_weights",
+    "quantize",
     "read_spec",
     "refresh_merged",
     "save_adapter",

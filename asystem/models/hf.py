@@ -25,6 +25,7 @@ from asystem.data.tokenizer import Tokenizer
 from asystem.errors import ModelError
 from asystem.models.decoder import Decoder
 from asystem.models.parallel import Shard
+from asystem.models.quantized import quantize
 from asystem.models.spec import ModelSpec, read_spec, spec_to_hf
 from asystem.models.weights import write_rows
 
@@ -123,6 +124,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     part: Shard | None = None,
+    quantized: torch.dtype | None = None,
 ) -> Decoder:
     """The model in a Hugging Face folder, one tensor at a time, so that weights are never held twice.
 
@@ -130,6 +132,7 @@ def load_model(
 
     Args:
         part: read one rank's part of each tensor alone; None = the whole model.
+        quantized: the 8-bit dtype of the blocks' matrices, which are never held in another one; None = `dtype`.
 
     Raises:
         ModelError: a missing, truncated or corrupt file, a missing, extra or misshapen tensor, an unsupported model.
@@ -137,8 +140,10 @@ def load_model(
     """
     spec, found = check_folder(path)
     with torch.device("meta"):
-        model = Decoder(spec) if part is None else part.decoder(spec)
-    model.to(dtype).to_empty(device=device)
+        model = (Decoder(spec) if part is None else part.decoder(spec)).to(dtype)
+        if quantized is not None:
+            quantize(model, quantized)
+    model.to_empty(device=device)
     table = layout(model.spec)
     for file in dict.fromkeys(found.values()):
         with _opened(file) as shard:

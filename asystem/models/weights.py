@@ -1,4 +1,4 @@
-"""Whole weights into a model that may hold only a rank's part of each."""
+"""Whole weights into a model that may hold a rank's part of each, or 8-bit numbers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from asystem.models.decoder import Decoder
+from asystem.models.quantized import QuantizedLinear
 
 
 def whole_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
     """The shapes in which weights are sent to a model, by parameter."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    shapes = {n: tuple(parameter.shape) for n, parameter in parameters.items() if not n.endswith(".channel_scale")}
     if model.shard is None:
         return shapes
     return {name: model.shard.whole_shape(model.spec, name, shape) for name, shape in shapes.items()}
@@ -18,7 +20,7 @@ def whole_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
 
 @torch.no_grad()
 def write_weight(model: Decoder, name: str, whole: Tensor) -> None:
-    """Takes a whole weight over, in place: the model's part of it, in the model's dtype and on its device."""
+    """Takes a whole weight over, in place: the model's part of it, in the dtype that it has here, on its device."""
     part = whole if model.shard is None else model.shard.part(model.spec, name, whole)
     write_rows(model, name, 0, part)
 
@@ -26,4 +28,7 @@ def write_weight(model: Decoder, name: str, whole: Tensor) -> None:
 @torch.no_grad()
 def write_rows(model: Decoder, name: str, start: int, rows: Tensor) -> None:
     """Writes rows of a parameter from `start` on, in place."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, QuantizedLinear) and name.endswith(".weight"):
+        return owner.write(start, rows)
     model.get_parameter(name).narrow(0, start, len(rows)).copy_(rows)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from asystem.config import Config, ModelConfig
 from asystem.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
-from asystem.errors import DataError
+from asystem.errors import ConfigError, DataError
 from asystem.models import (
     Decoder,
     ModelSpec,
@@ -17,6 +17,7 @@ from asystem.models import (
     check_parallel,
     init_weights,
     load_model,
+    quantize,
     spec_from_config,
 )
 from asystem.plugin import resolve
@@ -32,10 +33,29 @@ def pick_device(config: Config, local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """auto: bfloat16 on CUDA, float32 on CPU, where bfloat16 products have no fast path."""
-    if name == "auto":
+    """What to compute in. auto, and beside 8-bit weights: bfloat16 on CUDA, float32 on CPU, where bfloat16 products
+    have no fast path.
+    """
+    if name in ("auto", "int8", "fp8"):
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def pick_quantized(name: str, device: torch.device) -> torch.dtype | None:
+    """The 8-bit dtype of the weights, None where there is none.
+
+    Raises:
+        ConfigError: fp8 on a device that cannot compute with it.
+    """
+    if name != "fp8":
+        return torch.int8 if name == "int8" else None
+    if device.type != "cuda":
+        raise ConfigError("generation.dtype=fp8 needs a GPU, and this is the CPU: use int8")
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < (8, 9):
+        card = f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
+        raise ConfigError(f"generation.dtype=fp8 needs compute capability 8.9, and {card}: use int8")
+    return torch.float8_e4m3fn
 
 
 def tokenizer_path(model: ModelConfig) -> str:
@@ -59,22 +79,30 @@ def build_tokenizer(config: Config, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def build_model(config: Config, device: torch.device, dtype: torch.dtype, part: Shard | None = None) -> Decoder:
+def build_model(
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    part: Shard | None = None,
+    quantized: torch.dtype | None = None,
+) -> Decoder:
     """The model with its folder's weights, or random ones drawn from the run's seed (equal on all workers).
 
     Args:
         part: what this rank holds of it; None = all.
+        quantized: the 8-bit dtype of the blocks' matrices; None = `dtype`.
 
     Raises:
         ModelError: the folder is incomplete or of an unsupported kind.
     """
     if config.model.path is not None:
-        return load_model(config.model.path, dtype=dtype, device=device, part=part)
+        return load_model(config.model.path, dtype=dtype, device=device, part=part, quantized=quantized)
     model = Decoder(spec_from_config(config.model))
     init_weights(model, config.seed)
     if part is not None:
         model = part.cut(model)
-    return model.to(device=device, dtype=dtype)
+    model = model.to(device=device, dtype=dtype)
+    return model if quantized is None else quantize(model, quantized)
 
 
 def replica_part(rank: int, ranks: int, size: int) -> Shard | None:

@@ -20,7 +20,7 @@ from asystem.models import Decoder
 from asystem.spmd import Collect, Dispatch, Worker, remote, store
 from asystem.state import WeightPayload, import_weights
 from asystem.types import DecodeReport, FinishedRollout, Ref, RolloutRequest, SamplingParams, Trajectory
-from asystem.workers.build import build_model, build_tokenizer, pick_device, pick_dtype, replica_part
+from asystem.workers.build import build_model, build_tokenizer, pick_device, pick_dtype, pick_quantized, replica_part
 
 
 class GenerateWorker(Worker):
@@ -35,7 +35,8 @@ class GenerateWorker(Worker):
         device = pick_device(self.config)
         generation = self.config.generation
         part = replica_part(self.rank, self.world_size, generation.tensor_parallel)
-        self.start_generation(build_model(self.config, device, pick_dtype(generation.dtype, device), part))
+        dtype, quantized = pick_dtype(generation.dtype, device), pick_quantized(generation.dtype, device)
+        self.start_generation(build_model(self.config, device, dtype, part, quantized))
 
     def start_generation(self, model: Decoder) -> None:
         """Builds the engine around a model, which a hybrid worker shares with training."""

@@ -180,7 +180,10 @@ def changed(config: Config, override: str) -> Config:
         ("rollout.temperature=0", "rollout.temperature=0"),
         ("training.lr=0", "training.lr=0 must be above 0"),
         ("rollout.max_new_tokens=2000", "raise token_budget to 5334 or retention to 6"),
-        ("generation.dtype=float8", 'generation.dtype="float8": choose auto, float32 or bfloat16'),
+        ("generation.dtype=float8", 'generation.dtype="float8": choose auto, float32, bfloat16, int8 or fp8'),
+        ("generation.dtype=fp8", "generation.dtype=fp8 needs a GPU, and device=cpu: use int8"),
+        ("generation.head_dtype=bfloat16", 'generation.head_dtype="bfloat16": choose auto or float32'),
+        ("training.dtype=int8", 'training.dtype="int8": choose auto, float32 or bfloat16'),
         ("training.betas=[0.9]", "training.betas=[0.9] must be two numbers in [0, 1)"),
         ("training.eps=0", "training.eps=0 must be above 0"),
         ("training.weight_decay=-0.1", "training.weight_decay=-0.1 is below 0"),
@@ -251,6 +254,10 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
             "generation.tensor_parallel=2 needs a process for each rank: use runtime=ray",
         ),
         (["recipe=quickstart", "placement=hybrid", "generation.ranks=2"], "use placement=split"),
+        (
+            ["recipe=quickstart", "placement=hybrid", "generation.dtype=int8"],
+            "shares them with training: use placement=split or generation.dtype=auto",
+        ),
         (["recipe=quickstart", "algorithm.anchor=behavior"], "would count it twice; use correction=none"),
         (
             ["recipe=quickstart", "algorithm.surrogate=reinforce", "training.minibatches=2"],

@@ -17,9 +17,9 @@ _MOST_OUT = 1 << 15  # larger outputs (the head) reach the bandwidth in cuBLAS t
 
 @triton.jit
 def _skinny_kernel(
-    x, y, gain, weight, bias, total_out, out, n, k, eps,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, BIAS: tl.constexpr, SWIGLU: tl.constexpr,
-    NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    x, y, gain, weight, scales, bias, total_out, out, n, k, eps,
+    BATCH: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
+    SWIGLU: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, K)
@@ -58,6 +58,10 @@ def _skinny_kernel(
         if SWIGLU:
             second = tl.load(weight + n.to(tl.int64) * k + place + start, mask=mask & there, other=0.0)
             up += tl.sum(value * second.to(tl.float32)[None, :, :], 2)
+    if SCALED:
+        total *= tl.load(scales + row, mask=row < n, other=0.0)[None, :]
+        if SWIGLU:
+            up *= tl.load(scales + n + row, mask=row < n, other=0.0)[None, :]
     if BIAS:
         total += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)[None, :]
     if SWIGLU:
@@ -73,13 +77,16 @@ def is_skinny(x: Tensor, weight: Tensor) -> bool:
     return len(x) in (1, 2, MOST_ROWS) and weight.shape[0] <= _MOST_OUT
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, swiglu: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, *, swiglu: bool = False
+) -> Tensor:
     """x [B, K] times weight [N, K] transposed, plus bias [N]; B a power of two.
 
     Args:
+        scale: [N] float32, of the rows of an 8-bit weight (`models.quantized`); None = the weight is as it is.
         swiglu: weight holds gate and up, N / 2 rows each, and the result is silu(gate) * up, [B, N / 2].
     """
-    return _launch(x, None, None, 0.0, weight, bias, swiglu)[0]
+    return _launch(x, None, None, 0.0, weight, bias, scale, swiglu)[0]
 
 
 def takes_norm(weight: Tensor) -> bool:
@@ -88,19 +95,21 @@ def takes_norm(weight: Tensor) -> bool:
 
 
 def norm_linear(
-    x: Tensor, y: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None, *, swiglu: bool = False
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None,
+    scale: Tensor | None = None, *, swiglu: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`linear` of RMSNorm(x + y): x, y [B, K], gain [K]; see `linear`, `takes_norm`.
 
     Returns:
         The product, and x + y [B, K].
     """
-    return _launch(x, y, gain, eps, weight, bias, swiglu)
+    return _launch(x, y, gain, eps, weight, bias, scale, swiglu)
 
 
 def _launch(
-    x: Tensor, y: Tensor | None, gain: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None, swiglu: bool
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor | None, gain: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
+    scale: Tensor | None, swiglu: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     (batch, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
     out = x.new_empty(batch, n)
     total = x if y is None else torch.empty_like(x)
@@ -108,8 +117,8 @@ def _launch(
     rows = max(1, _ELEMENTS // (batch * block * (2 if swiglu else 1)))
     overlap = overlaps(x.device)
     _skinny_kernel[(triton.cdiv(n, rows),)](
-        x, x if y is None else y, x if gain is None else gain, weight, weight if bias is None else bias, total, out,
-        n, k, eps, BATCH=batch, ROWS=rows, K=block, BIAS=bias is not None, SWIGLU=swiglu, NORM=y is not None,
-        OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+        x, x if y is None else y, x if gain is None else gain, weight, x if scale is None else scale,
+        x if bias is None else bias, total, out, n, k, eps, BATCH=batch, ROWS=rows, K=block, SCALED=scale is not None,
+        BIAS=bias is not None, SWIGLU=swiglu, NORM=y is not None, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     return out, total

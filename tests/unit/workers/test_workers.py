@@ -10,8 +10,8 @@ import torch
 
 from asystem.config import Config
 from asystem.data.batch import Batch, BatchRow
-from asystem.errors import DataError, ModelError
-from asystem.models import merge
+from asystem.errors import ConfigError, DataError, ModelError
+from asystem.models import QuantizedLinear, merge
 from asystem.spmd import store
 from asystem.types import FinishedRollout, Ref, RolloutRequest
 from asystem.workers import GenerateWorker, HybridWorker, RewardWorker, TrainWorker
@@ -104,6 +104,24 @@ def test_weights_travel_and_versions_do_not_go_back(config: Config, tmp_path: Pa
     assert asyncio.run(generator.decode([], None)).version == 3
     with pytest.raises(ModelError, match="version 2 were published after version 3"):
         asyncio.run(generator.load_weights(asyncio.run(trainer.export_weights()), 2))
+
+
+def test_8_bit_weights_are_quantised_at_the_start_and_when_weights_come(config: Config, tmp_path: Path) -> None:
+    config.generation.dtype = "int8"
+    trainer, generator = TrainWorker(config, tmp_path), GenerateWorker(config)
+    ready(trainer)
+    ready(generator)
+    linear = generator.engine.model.get_submodule("layers.0.mlp.down_proj")
+    assert isinstance(linear, QuantizedLinear) and linear.weight.dtype is torch.int8
+    before = linear.weight.clone()
+    asyncio.run(trainer.warm_up(4))
+    asyncio.run(generator.load_weights(asyncio.run(trainer.export_weights()), 1))
+    want = QuantizedLinear(trainer.trainer.model.layers[0].mlp.down_proj, torch.int8)
+    assert torch.equal(linear.weight, want.weight) and not torch.equal(linear.weight, before)
+    assert len(decode(generator, [RolloutRequest(i, 0, 0) for i in range(4)])) == 4
+    config.generation.dtype = "fp8"
+    with pytest.raises(ConfigError, match="fp8 needs a GPU, and this is the CPU: use int8"):
+        ready(GenerateWorker(config))
 
 
 def test_hybrid_shares_storage_and_sees_each_update(config: Config, tmp_path: Path) -> None:
