@@ -130,12 +130,19 @@ def row(name: str, value: float, unit: str, note: str) -> Row:
     return {"name": name, "value": value, "unit": unit, "mark": None, "better": better, "note": note}
 
 
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def write(rows: list[Row], device: str) -> Path:
-    label = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    label = name if device == "cuda" else "cpu"
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     result = {
         "study": "precision",
-        "device": label if device == "cuda" else platform.machine(),
+        "device": name,
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit,
         "command": f"python {' '.join(sys.argv)}",
