@@ -299,6 +299,10 @@ def _others(config: Config) -> Iterator[Rule]:
         f"generation.kv_tokens={generation.kv_tokens} does not hold one sequence of data.max_prompt_tokens + "
         f"rollout.max_new_tokens = {longest} tokens: raise it, or null for what generation.max_running needs",
     )
+    yield (
+        not 0 < generation.memory_fraction <= 1,
+        f"generation.memory_fraction={generation.memory_fraction:g} must lie in (0, 1]: a share of the GPU's memory",
+    )
     yield _at_least("generation.max_running", generation.max_running, 1)
     yield _at_least("generation.block_size", generation.block_size, 1)
     yield _at_least("generation.prefill_tokens", generation.prefill_tokens, 1)

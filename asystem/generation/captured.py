@@ -7,7 +7,6 @@ buckets, and a bucket is captured when it is first used.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -60,6 +59,7 @@ class CapturedRunner:
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._graphs: dict[tuple[int, _Sharing], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None  # an opaque handle
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # one: cuBLAS keeps memory for each
         self._parameters: list[nn.Parameter] = []
         self._addresses: list[int] = []
         self._version: int | None = None
@@ -99,14 +99,13 @@ class CapturedRunner:
     def _capture(self, batch: int, sharing: _Sharing) -> torch.cuda.CUDAGraph:
         """Records one step. It runs once before, with no row in use, so that kernels are compiled and loaded."""
         self._control[0].zero_()
-        stream = torch.cuda.Stream(self.rows.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             self._step(batch, sharing, truncated=False)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads (a store, a profiler) may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             self._step(batch, sharing, truncated=False)
         self._pool = self._pool or graph.pool()
         return graph
@@ -250,25 +249,32 @@ def find_crowds(
 ) -> list[tuple[list[int], int]]:
     """Rows whose tables begin with the same blocks.
 
+    Rows with equal tables stand beside each other in the order looked at; a crowd ends where the next row would lower
+    what it saves, or shares more with the one after.
+
     Args:
         table: [n, M]. position: [n], of each row's newest token; blocks before it are full and never written again.
 
     Returns:
         (2 to `CROWD` rows, tokens that they share) of each crowd.
     """
-    same_start: defaultdict[int, list[int]] = defaultdict(list)
-    for row, block in enumerate(table[:, 0].tolist()):
-        same_start[block].append(row)
-    crowds = []
-    for rows in same_start.values():
-        for first in range(0, len(rows), CROWD):
-            members = rows[first : first + CROWD]
-            full = int(position[members].min()) // block_size
-            lines = table[members, :full]
-            shared = int(np.logical_and.accumulate((lines == lines[0]).all(0)).sum()) * block_size
-            if len(members) > 1 and shared:
-                crowds.append((members, shared))
-    return crowds
+    full = position // block_size
+    order = sorted(range(len(table)), key=lambda row: (table[row, : full[row]].tobytes(), row))
+    lines, limit = table[order], np.minimum(full[order][1:], full[order][:-1])
+    equal = np.logical_and.accumulate(lines[1:] == lines[:-1], axis=1).sum(1)
+    common = [*np.minimum(equal, limit).tolist(), 0]  # blocks that each row in order shares with the next one
+    crowds: list[tuple[list[int], int]] = []
+    members, shared = order[:1], 0
+    for row, before, after in zip(order[1:], common[:-1], common[1:], strict=True):
+        blocks = min(before, shared) if len(members) > 1 else before
+        worse = blocks * len(members) < shared * (len(members) - 1)
+        if len(members) == CROWD or not blocks or worse or after > before:
+            crowds.append((members, shared))
+            members, shared = [row], 0
+        else:
+            members, shared = [*members, row], blocks
+    crowds.append((members, shared))
+    return [(sorted(rows), blocks * block_size) for rows, blocks in crowds if len(rows) > 1]
 
 
 def _power(count: int) -> int:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from asystem.config import BudgetCounts, GenerationConfig, KVOnUpdate
-from asystem.errors import CapacityError, ConfigError, DataError
+from asystem.errors import ConfigError, DataError
 from asystem.generation.blocks import BlockPool
 from asystem.generation.cpu import CpuRunner, is_supported
 from asystem.generation.kv_cache import KVCache
+from asystem.generation.memory import MemoryPlan, card_capacity, plan_memory
 from asystem.generation.rows import FINISH, RUNNING, Rows
 from asystem.generation.runner import EagerRunner, Runner, StepContext
 from asystem.generation.scheduler import Scheduler
@@ -54,7 +55,7 @@ class Engine:
         device: default is the model's.
 
     Raises:
-        CapacityError: the KV pool does not hold one sequence of `max_length`.
+        CapacityError: the KV pool does not hold one sequence of `max_length`, or does not fit on the GPU.
         ConfigError: a stop token beyond the vocabulary.
     """
 
@@ -75,7 +76,8 @@ class Engine:
         if beyond:
             raise ConfigError(f"stop tokens {beyond} are beyond the model's vocabulary of {spec.vocab_size}")
         self.version = 0
-        pool = BlockPool(_num_blocks(config, max_length), config.block_size)
+        self._plan = _plan(model, config, max_length, self.device)
+        pool = BlockPool(self._plan.num_blocks, config.block_size)
         self.cache = KVCache(
             spec.num_layers, pool.num_blocks, spec.num_kv_heads, config.block_size, spec.head_dim,
             weight.dtype, self.device,
@@ -153,10 +155,8 @@ class Engine:
             self.scheduler.free_idle()
 
     def plan(self) -> dict[str, int]:
-        """Bytes held from step to step: the model's weights, the KV pool, and the running batch (workspace)."""
-        weights = sum({p.data_ptr(): p.nbytes for p in self.model.parameters()}.values())
-        workspace = self.rows.num_bytes + self.cache.workspace_bytes
-        return {"weights": weights, "kv": self.cache.num_bytes, "workspace": workspace}
+        """Bytes that it takes at most: the model's weights, the KV pool, and what it computes with (workspace)."""
+        return {"weights": self._plan.weights, "kv": self._plan.kv, "workspace": self._plan.workspace}
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -329,19 +329,18 @@ def _runner(config: GenerationConfig, model: Decoder, cache: KVCache, rows: Rows
     return EagerRunner(model, cache, rows, stop_ids, exact_head=exact_head)
 
 
-def _num_blocks(config: GenerationConfig, max_length: int) -> int:
-    """Blocks of the KV pool.
+def _plan(model: Decoder, config: GenerationConfig, max_length: int, device: torch.device) -> MemoryPlan:
+    """What this engine takes of its device, where the model stands already.
 
     Raises:
-        CapacityError: they do not hold one sequence.
+        CapacityError: it does not fit.
     """
-    needed = -(-max_length // config.block_size)
-    if config.kv_tokens is None:
-        return config.max_running * needed
-    blocks = config.kv_tokens // config.block_size
-    if blocks < needed:
-        raise CapacityError(
-            f"generation.kv_tokens={config.kv_tokens} holds {blocks} blocks of {config.block_size} tokens, but one "
-            f"sequence of {max_length} tokens needs {needed}: set it to at least {needed * config.block_size}"
-        )
-    return blocks
+    weights, capacity = sum(parameter.nbytes for parameter in model.parameters()), None
+    if device.type == "cuda":
+        capacity = card_capacity(device, config.memory_fraction) + weights
+        if model.shard is not None:  # equal pools make equal decisions on all ranks
+            capacity = model.shard.least(capacity, device)
+    dtype = next(model.parameters()).dtype
+    return plan_memory(
+        model.spec, config, max_length=max_length, dtype=dtype, device=device.type, weights=weights, capacity=capacity
+    )

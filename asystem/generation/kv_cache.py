@@ -43,11 +43,6 @@ class KVCache:
     def num_bytes(self) -> int:
         return self.data.nbytes
 
-    @property
-    def workspace_bytes(self) -> int:
-        """What `read` returns its copies in; grows with the running batch."""
-        return self._scratch.nbytes
-
     def token_rows(self, blocks: Tensor, offsets: Tensor) -> Tensor:
         """Where tokens at [T] `offsets` of [T] `blocks` are written: [T * kv heads]."""
         rows = (blocks[:, None] * self.num_kv_heads + self._heads) * self.block_size + offsets[:, None]

@@ -83,6 +83,12 @@ class Shard:
         dim, sizes = _cut(spec, name)
         return tuple(n * self.size if sizes and axis == dim else n for axis, n in enumerate(shape))
 
+    def least(self, number: int, device: torch.device) -> int:
+        """The least of the ranks' numbers."""
+        least = torch.tensor(number, device=device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.group)
+        return int(least)
+
     def _sum(self, partial: Tensor) -> Tensor:
         dist.all_reduce(partial, group=self.group)
         return partial

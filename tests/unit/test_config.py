@@ -196,6 +196,7 @@ def changed(config: Config, override: str) -> Config:
         ("runtime.object_store_bytes=1", "runtime.object_store_bytes=1 is below 78643200"),
         ("model.max_positions=20", "exceed model.max_positions=20: raise it to 22"),
         ("generation.kv_tokens=21", "generation.kv_tokens=21 does not hold one sequence"),
+        ("generation.memory_fraction=1.5", "generation.memory_fraction=1.5 must lie in (0, 1]"),
         ("training.lora.rank=-1", "training.lora.rank=-1 is below 0"),
         ("training.lora.dropout=1", "training.lora.dropout=1 must lie in [0, 1)"),
         ("training.lora.adapter=a/b", "training.lora.adapter=a/b needs adapters to train: set training.lora.rank"),

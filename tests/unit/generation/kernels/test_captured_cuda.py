@@ -125,3 +125,12 @@ def test_a_large_group_makes_several_crowds() -> None:
     table = np.concatenate([np.ones((17, 1), np.int64), np.arange(17)[:, None] + 2], axis=1)
     found = find_crowds(table, np.full(17, 20), 16)
     assert [(len(rows), shared) for rows, shared in found] == [(8, 16), (8, 16)]
+
+
+def test_groups_behind_one_system_prompt_read_their_own_prompts_together() -> None:
+    """Block 1 is everybody's; then come the prompts of three groups, whose rows stand in any order."""
+    groups = np.array([2, 0, 1, 0, 2, 1, 0, 2, 3])
+    table = np.concatenate([np.ones((9, 1), np.int64), groups[:, None] + 5, np.arange(9)[:, None] + 20], axis=1)
+    found = find_crowds(table, np.full(9, 40), 16)
+    assert found == [([1, 3, 6], 32), ([2, 5], 32), ([0, 4, 7], 32)]  # group 3 has one row, which reads alone
+    assert find_crowds(table[[0, 1, 2, 8]], np.full(4, 40), 16) == [([0, 1, 2, 3], 16)]
