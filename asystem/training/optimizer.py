@@ -33,16 +33,15 @@ class MasterOptimizer:
         decayed = [p for p in self.masters.values() if p.ndim >= 2]
         others = [p for p in self.masters.values() if p.ndim < 2]  # norms and biases
         groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        fused = all(p.is_cuda for p in self.masters.values())
         self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=fused
+            [group for group in groups if group["params"]], betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True
         )
         self.reset()
 
     def reset(self) -> None:
         """Moments of zero: a new phase of training. Made here, not at the first step, so that loading can fill them."""
         for p in self.masters.values():
-            step = torch.zeros((), device=p.device if p.is_cuda else "cpu")
+            step = torch.zeros((), device=p.device)
             self._adamw.state[p] = {
                 "step": step,
                 "exp_avg": torch.zeros_like(p, requires_grad=False),
