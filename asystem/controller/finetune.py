@@ -40,7 +40,8 @@ def finetune(config: Config) -> dict[str, Any]:
     with ending(tracker, lambda: {} if loop is None else loop.summary()):
         with make_runtime(config.runtime, config.placement, on_call=tracker.call) as runtime:
             ranks = config.training.ranks
-            trainers = spawn(FinetuneWorker, config, run_dir, name="trainers", ranks=ranks, runtime=runtime)
+            gpus = 0.0 if config.device == "cpu" else 1.0
+            trainers = spawn(FinetuneWorker, config, run_dir, name="trainers", ranks=ranks, runtime=runtime, gpus=gpus)
             loop = Finetuner(config, trainers, data, tracker)
             asyncio.run(loop.run())
         if config.finetune.export:

@@ -75,12 +75,12 @@ def make_pool(config: Config, num_prompts: int) -> Pool:
 
 def spawn_groups(config: Config, runtime: Runtime, run_dir: Path) -> tuple[TrainWorker, GenerateWorker, RewardWorker]:
     """The three worker groups; in hybrid placement the first two are one."""
+    training, generation, gpus = config.training, config.generation, gpus_of_a_rank(config, runtime.num_gpus)
     rewarders = spawn(RewardWorker, config, name="rewarders", ranks=config.reward.ranks, runtime=runtime)
     if config.placement.kind is PlacementKind.hybrid:
-        hybrid = spawn(HybridWorker, config, run_dir, name="hybrid", ranks=config.training.ranks, runtime=runtime)
+        hybrid = spawn(HybridWorker, config, run_dir, name="hybrid", ranks=training.ranks, runtime=runtime, gpus=gpus)
         return hybrid, hybrid, rewarders
-    trainers = spawn(TrainWorker, config, run_dir, name="trainers", ranks=config.training.ranks, runtime=runtime)
-    generation = config.generation
+    trainers = spawn(TrainWorker, config, run_dir, name="trainers", ranks=training.ranks, runtime=runtime, gpus=gpus)
     generators = spawn(
         GenerateWorker,
         config,
@@ -89,8 +89,17 @@ def spawn_groups(config: Config, runtime: Runtime, run_dir: Path) -> tuple[Train
         runtime=runtime,
         collective=generation.tensor_parallel > 1,
         replica_ranks=generation.tensor_parallel,
+        gpus=gpus,
     )
     return trainers, generators, rewarders
+
+
+def gpus_of_a_rank(config: Config, num_gpus: float) -> float:
+    """GPUs that each rank of training and generation owns: one, or half of an only one that two such ranks share."""
+    if config.device == "cpu":
+        return 0.0
+    two_ranks = config.placement.kind is PlacementKind.split and config.training.ranks == config.generation.ranks == 1
+    return 0.5 if two_ranks and num_gpus == 1 else 1.0
 
 
 def summarize(controller: Controller | None) -> dict[str, Any]:

@@ -14,6 +14,9 @@ again as group 3.
 Liveness: a prompt that was purged `PATIENCE` times is asked alone, and nothing else is asked until it is through. What
 else is in flight drains away, so it ends up with whole windows to itself; `Config.check` holds that a group fits into
 σ + 1 of them. Hence every prompt is trained in the end, however unlucky its lengths.
+
+Replicas share Ω by their speed. Each asks before every slice of decoding, so of two that both have work, the one that
+asks twice as often is twice as fast. Only the order of calls counts, no clock: a replay asks the same.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from math import ceil
 
 from asystem.types import FinishedRollout, RolloutRequest
 
@@ -77,7 +81,7 @@ class Pool:
     Args:
         prompts: dataset rows; may end, then nothing new is asked and what is in flight is finished.
         group_size: G. capacity: Ω, rollouts in flight over all replicas. retention: σ.
-        replicas: generation replicas; each takes at most its share of Ω, in whole groups.
+        replicas: generation replicas; each takes at most its `share` of Ω.
         refill: ask for more as rollouts finish (Φ finite); otherwise a window asks for Ω rollouts and no more.
     """
 
@@ -93,9 +97,10 @@ class Pool:
     ) -> None:
         assert capacity >= group_size >= 1, f"capacity {capacity} below one group of {group_size}"
         self.group_size, self.capacity, self.retention = group_size, capacity, retention
-        self.share = -(-(capacity // group_size) // replicas) * group_size
         self.in_flight: dict[int, Group] = {}
         self.num_in_flight = [0] * replicas
+        self._slices = [0] * replicas  # begun while all replicas had work, since speeds were last worked out
+        self._speed = [1 / replicas] * replicas  # of all slices, recent windows counting more
         self._prompts: Iterator[int] = iter(prompts)
         self._again: deque[tuple[int, int]] = deque()  # (prompt, purges)
         self._complete: list[Group] = []
@@ -104,16 +109,22 @@ class Pool:
         self._next_rollout = self._next_group = self._windows = 0
 
     def ask(self, replica: int) -> list[RolloutRequest]:
-        """New groups for this replica, as far as Ω and its share of it have room."""
+        """New groups for this replica, as far as Ω and its share of it have room. Called before each slice."""
+        self._slices[replica] += all(self.num_in_flight)
         requests: list[RolloutRequest] = []
         while (
             (sum(self.num_in_flight) if self.refill else self._asked) + self.group_size <= self.capacity
-            and self.num_in_flight[replica] + self.group_size <= self.share
+            and self.num_in_flight[replica] + self.group_size <= self.share(replica)
             and (prompt := self._next_prompt()) is not None
         ):
             group = self._new_group(*prompt, replica)
             requests += [RolloutRequest(rollout, group.id, group.prompt) for rollout in group.rollouts]
         return requests
+
+    def share(self, replica: int) -> int:
+        """Rollouts that a replica may have in flight: its part of Ω by speed, in whole groups, at least one."""
+        groups = self.capacity // self.group_size
+        return max(1, ceil(groups * self._speed[replica] - 1e-9)) * self.group_size
 
     def finish(self, rollouts: Iterable[FinishedRollout]) -> None:
         """Takes finished rollouts; those of a group that was purged meanwhile are ignored."""
@@ -139,6 +150,10 @@ class Pool:
         window = Window(self._windows, self._complete, purged, carried=sum(self.num_in_flight))
         self._complete = []
         self._asked = 0
+        if all(self._slices):
+            total = sum(self._slices)
+            self._speed = [(old + new / total) / 2 for old, new in zip(self._speed, self._slices, strict=True)]
+            self._slices = [0] * len(self._slices)
         self._windows += 1
         return window
 

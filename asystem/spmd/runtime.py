@@ -37,9 +37,14 @@ class Rank(Protocol):
 
 
 class Runtime(Protocol):
-    """Starts ranks. A context manager: leaving it ends them all."""
+    """Starts ranks. A context manager: leaving it ends them all.
+
+    Attributes:
+        num_gpus: what there is for ranks to own; 0 where they own none.
+    """
 
     config: RuntimeConfig
+    num_gpus: float
     on_call: OnCall | None
 
     def start_group(self, spec: GroupSpec) -> Sequence[Rank]:

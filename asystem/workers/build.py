@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 
@@ -23,13 +25,23 @@ from asystem.models import (
 from asystem.plugin import resolve
 
 
-def pick_device(config: Config, local_rank: int = 0) -> torch.device:
-    """The configured device; auto takes the rank's GPU when there is one."""
-    kind = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "cuda" and torch.cuda.is_available():
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device(kind)
+def pick_device(config: Config) -> torch.device:
+    """The configured device; auto takes the rank's GPU when there is one.
+
+    Where ranks own GPUs, each sees its own alone; else the variable LOCAL_RANK, which runtimes set, tells them apart.
+
+    Raises:
+        ConfigError: a GPU is asked for, and there is none here.
+    """
+    if config.device == "cpu" or not torch.cuda.is_available():
+        if config.device == "cuda":
+            raise ConfigError(
+                "device=cuda, and PyTorch sees no GPU here: use device=cpu, or auto to take what there is"
+            )
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -51,7 +51,9 @@ class InlineRank:
 
 
 class InlineRuntime:
-    """Starts ranks as local objects."""
+    """Starts ranks as local objects. They all compute on one device and own nothing."""
+
+    num_gpus = 0.0
 
     def __init__(self, config: RuntimeConfig, on_call: OnCall | None = None) -> None:
         self.config, self.on_call = config, on_call

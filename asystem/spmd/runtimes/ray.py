@@ -184,11 +184,11 @@ class RayRuntime:
         if self._owns_connection:
             self._connect()
             end_on_sigterm()
+        self.num_gpus: float = ray.cluster_resources().get("GPU", 0.0)
         self._previous_store = store.use(SharedMemory())
 
     def start_group(self, spec: GroupSpec) -> list[RayRank]:
-        total = ray.cluster_resources().get("GPU", 0.0)
-        gpus = gpus_per_rank(spec.name, spec.ranks, spec.gpus, total, self._gpus_taken)
+        gpus = gpus_per_rank(spec.name, spec.ranks, spec.gpus, self.num_gpus, self._gpus_taken)
         self._gpus_taken += gpus * spec.ranks
         bundle = {"CPU": spec.cpus} | ({"GPU": gpus} if gpus else {}) | self._pin(gpus * spec.ranks)
         group = placement_group([dict(bundle) for _ in range(spec.ranks)], strategy="PACK")

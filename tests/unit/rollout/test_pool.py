@@ -159,6 +159,75 @@ def finished(request: RolloutRequest) -> FinishedRollout:
     return FinishedRollout(request.rollout, request.group, request.prompt, 1, 5, 0, 0, Finish.STOP, Ref(None), 0)
 
 
+class Timed:
+    """A controller's drives over replicas of unequal speed, by a clock of its own.
+
+    Args:
+        pace: seconds of a slice on each replica, whatever its batch, and of each rollout in it beside.
+    """
+
+    def __init__(self, pool: Pool, pace: list[tuple[float, float]], slices: int) -> None:
+        self.pool, self.pace, self.slices = pool, pace, slices
+        self.running: list[dict[int, RolloutRequest]] = [{} for _ in pace]
+        self.left: dict[int, int] = {}  # slices of each rollout
+        self.asked = [0] * len(pace)
+
+    def window(self, budget: int | None, lengths: random.Random) -> float:
+        """One window of so many slices of a rollout, or until all is finished; returns its seconds."""
+        clock, spent, busy = 0.0, 0, [(0.0, replica) for replica in range(len(self.pace))]
+        while busy:
+            busy.sort()
+            clock, replica = busy.pop(0)
+            mine = self.running[replica]
+            if clock > 0:
+                spent += len(mine)
+                for rollout in mine:
+                    self.left[rollout] -= 1
+                done = [mine.pop(rollout) for rollout in list(mine) if not self.left[rollout]]
+                self.pool.finish(map(finished, done))
+            if budget is not None and spent >= budget:
+                continue
+            for request in self.pool.ask(replica):
+                mine[request.rollout] = request
+                self.left[request.rollout] = lengths.randint(1, self.slices)
+                self.asked[replica] += 1
+            fixed, each = self.pace[replica]
+            if mine:
+                busy.append((clock + fixed + each * len(mine), replica))
+        for index, dropped in self.pool.close_window().to_drop().items():
+            for rollout in dropped:
+                del self.running[index][rollout]
+        return clock
+
+
+@pytest.mark.parametrize("budget", [None, 300])
+@pytest.mark.parametrize(("fast", "slow"), [((1.0, 0.0), (3.0, 0.0)), ((0.0, 0.1), (0.0, 0.3))])
+def test_a_slow_replica_gets_less(budget: int | None, fast: tuple[float, float], slow: tuple[float, float]) -> None:
+    """Slices that last three times as long: of a fixed time, or of a time that grows with the batch."""
+    prompts = PromptOrder(50, seed=0)
+    pool = Pool(prompts, group_size=4, capacity=64, retention=9, replicas=2, refill=budget is not None)
+    run, lengths = Timed(pool, [slow, fast], slices=8), random.Random(0)
+    first = run.window(budget, lengths)
+    for _ in range(4):
+        run.window(budget, lengths)
+    run.asked = [0, 0]
+    later = [run.window(budget, lengths) for _ in range(20)]
+    assert pool.share(0) <= 28 and pool.share(1) >= 40
+    assert 0.1 < run.asked[0] / sum(run.asked) < 0.36
+    if budget is None and slow[1]:  # the window waits for the slow one, which half of Ω kept busy for longest
+        assert sum(later) / 20 < 0.75 * first
+
+
+@pytest.mark.parametrize("budget", [None, 300])
+def test_equal_replicas_keep_equal_shares(budget: int | None) -> None:
+    pool = Pool(PromptOrder(50, seed=0), group_size=4, capacity=60, retention=9, replicas=3, refill=budget is not None)
+    assert [pool.share(replica) for replica in range(3)] == [20, 20, 20]
+    run, lengths = Timed(pool, [(1.0, 0.01)] * 3, slices=8), random.Random(0)
+    for _ in range(30):
+        run.window(budget, lengths)
+        assert all(16 <= pool.share(replica) <= 24 for replica in range(3))
+
+
 def test_a_group_older_than_sigma_is_purged_and_asked_first() -> None:
     pool = Pool(PromptOrder(10, seed=0, shuffle=False), group_size=2, capacity=4, retention=1)
     first, second, third, fourth = pool.ask(0)
