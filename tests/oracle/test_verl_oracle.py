@@ -5,6 +5,7 @@ verl works on padded rectangles [responses, tokens] with a mask; ours on packed 
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -17,8 +18,20 @@ from asystem.algorithms.corrections import CORRECTIONS
 from asystem.algorithms.penalties import kl_to_reference
 from asystem.config import AlgorithmConfig, KLEstimator, Normalizer
 
-verl: Any = pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
-rollout_corr: Any = pytest.importorskip("verl.trainer.ppo.rollout_corr_helper", exc_type=ImportError)
+
+def _import(module: str) -> Any:
+    """A module of verl's; importing it sets up the root logger, which is left here as it was."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        return pytest.importorskip(module, exc_type=ImportError)
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+verl = _import("verl.trainer.ppo.core_algos")
+rollout_corr = _import("verl.trainer.ppo.rollout_corr_helper")
 
 LENGTHS = torch.tensor([3, 7, 1, 5, 4, 6])
 GROUPS = torch.tensor([0, 0, 0, 1, 1, 1])
