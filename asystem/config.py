@@ -269,12 +269,20 @@ class CheckpointConfig:
 
 
 @dataclass
+class WeightsConfig:
+    verify_every: int = 1  # publications of which one is checked, each parameter by a checksum; 0 = never
+    probe_every: int = 10  # and of which one is followed by a few samples that training scores too; 0 = never
+    probe_bound: float = 0.2  # nats a token by which the two may differ in the mean
+
+
+@dataclass
 class RuntimeConfig:
     kind: RuntimeKind = RuntimeKind.ray
     deadline_seconds: float = 600.0  # every wait on a worker ends by then
     start_seconds: float = 120.0  # and so does starting a group
     threads_per_rank: int = 1  # torch threads of one rank on CPU
     object_store_bytes: int = 268_435_456
+    shared_memory: bool = True  # weights between processes of one host; false = through Ray's store
 
 
 @dataclass
@@ -313,6 +321,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     placement: PlacementConfig = field(default_factory=PlacementConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

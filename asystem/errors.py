@@ -9,6 +9,7 @@ AsystemError
 ├── RewardError        more rewards failed than ``reward.max_error_share`` allows
 ├── TrainingError      gradients that stay NaN or infinite
 ├── ReplayError        a repeated run came out otherwise
+├── PublicationError   weights that arrived in generation are not those of training
 └── WorkerError        a rank failed, died or overran its deadline; names group, rank, host and method
     └── WorkerTimeout
 """
@@ -53,6 +54,10 @@ class TrainingError(AsystemError):
 
 class ReplayError(AsystemError):
     """A repeated run differs from the recorded one."""
+
+
+class PublicationError(AsystemError):
+    """Published weights did not arrive as they were sent."""
 
 
 class WorkerError(AsystemError):

@@ -13,9 +13,8 @@ only for a window. Rewards are computed while their window still decodes. Three 
     σ retention      windows that an unfinished group may outlive before its prompt is asked again
     η staleness      batches by which generation may be ahead: 0 is lockstep, 1 overlaps one step, more is asynchronous
 
-A token trained at version v was sampled at version v - σ - η or later. Calls on one rank run in the order in which they
-are made, so weights change between two slices of decoding; `replay.py` repeats that order. Ids, lengths and rewards are
-seen here, token arrays and weights stay behind references.
+A token trained at version v was sampled at version v - σ - η or later. A rank answers calls in the order in which they
+come: weights change between two slices of decoding. Token arrays and weights stay behind references; ids are seen here.
 """
 
 from __future__ import annotations
@@ -48,9 +47,8 @@ class Controller:
         self.config, self.pool, self.tracker = config, pool, tracker
         self.trainers, self.generators, self.rewarders = trainers, generators, rewarders
         self.replicas = replicas(generators)
-        self.version = 0
+        self.version = self.generated = self.trained = 0  # of the weights; response tokens
         self.accuracy: dict[int, float] = {}  # on held-out prompts, by version
-        self.generated = self.trained = 0  # response tokens
         self._windows: asyncio.Queue[tuple[Window, Scoring]] = asyncio.Queue()
         self._ahead = asyncio.Semaphore(config.rollout.max_staleness + 1)  # batches begun and not yet trained
         self._scores: dict[int, Score] = {}  # of finished rollouts whose group still waits
@@ -124,9 +122,11 @@ class Controller:
             self.tracker.progress(tokens=self.generated, phase="rollouts", in_flight=sum(self.pool.num_in_flight))
 
     async def _publish_weights(self) -> None:
-        weights = await self.trainers.export_weights()  # decoding goes on
-        self.tracker.event("weights", version=self.version, bytes=weights.num_bytes)
-        await self.generators.load_weights(weights, self.version)  # the only pause, between two slices
+        weights = await self.trainers.export_weights()  # decoding goes on; loading them is the only pause
+        self.tracker.event("weights", version=self.version, bytes=sum(part.num_bytes for part in weights))
+        probe = await self.generators.load_weights(weights, self.version, self._is_due(self.config.weights.probe_every))
+        if probe is not None:
+            await self.trainers.check_probe(probe)
 
     async def _evaluate(self) -> dict[str, float]:
         """Accuracy on held-out prompts under the weights just published; rollouts in flight are held meanwhile."""

@@ -6,16 +6,19 @@ from asystem.models.hf import check_folder, from_hf_state, load_model, save_mode
 from asystem.models.lora import PlainWeight, add_lora, merge, merged_copy, plain_weights, refresh_merged, whole
 from asystem.models.parallel import Shard, check_parallel
 from asystem.models.peft import adapter_state, check_lora, load_adapter, save_adapter
+from asystem.models.pieces import Box, Piece
 from asystem.models.quantized import QuantizedLinear, quantize
 from asystem.models.spec import ModelSpec, RopeScaling, read_spec, spec_from_config, spec_from_hf, spec_to_hf
-from asystem.models.weights import whole_shapes, write_weight
+from asystem.models.weights import weight_pieces, writing
 
 __all__ = [
     "Attend",
     "Block",
+    "Box",
     "Decoder",
     "ModelSpec",
     "PackedAttention",
+    "Piece",
     "PlainWeight",
     "QuantizedLinear",
     "RopeScaling",
@@ -41,7 +44,7 @@ __all__ = [
     "spec_from_hf",
     "spec_to_hf",
     "to_hf_state",
-    "whole_shapes",
-    "write_weight",
+    "weight_pieces",
     "whole",
+    "writing",
 ]

@@ -21,6 +21,7 @@ from asystem.config import LoraConfig
 from asystem.errors import ModelError, nearest
 from asystem.models.decoder import Decoder
 from asystem.models.hf import layout
+from asystem.models.pieces import Box, local_piece
 from asystem.models.spec import ModelSpec
 
 
@@ -81,6 +82,11 @@ class LoraLinear(nn.Module):
     def merged(self) -> Tensor:
         """W + (alpha / rank) B A, [out, in] float32. Collective where weights are sharded."""
         return whole(self.base.weight).float() + self.delta()
+
+    def local_merged(self) -> tuple[Box, Tensor]:
+        """This rank's part of `merged`, and where it lies. Collective where adapters are sharded."""
+        box, base = local_piece(self.base.weight)
+        return box, base.float() + box.of(self.delta(), (0, 0))
 
     def adapters(self) -> Iterator[tuple[Part, Tensor, Tensor]]:
         """Each adapted part with its A [rank, in] and B [rows, rank], of whole tensors; collective as `merged`."""
@@ -149,6 +155,17 @@ class PlainWeight:
         if isinstance(self.source, LoraLinear):
             return self.source.merged().to(dtype)
         return whole(self.source.detach().to(dtype))  # converted first: half precision is half the traffic
+
+    @property
+    def box(self) -> Box:
+        """Where this rank's part of it lies in the whole."""
+        return local_piece(self.source.base.weight if isinstance(self.source, LoraLinear) else self.source)[0]
+
+    def local(self) -> tuple[Box, Tensor]:
+        """What this rank has of it, and where in the whole that lies. Collective where adapters are sharded."""
+        if isinstance(self.source, LoraLinear):
+            return self.source.local_merged()
+        return local_piece(self.source.detach())
 
 
 def plain_weights(model: nn.Module) -> list[PlainWeight]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from asystem.errors import ConfigError, ModelError
 from asystem.models.decoder import MLP, Block, Decoder
+from asystem.models.pieces import Box, Piece
 from asystem.models.spec import ModelSpec
 
 
@@ -73,10 +74,20 @@ class Shard:
 
     def part(self, spec: ModelSpec, name: str, whole: Tensor) -> Tensor:
         """This rank's part of the whole parameter `name`; `spec` is the part's own."""
+        origin, dim = (0,) * whole.ndim, _cut(spec, name)[0]
+        pieces = [piece.box.of(whole, origin) for piece in self.pieces(spec, name, tuple(whole.shape))]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+    def pieces(self, spec: ModelSpec, name: str, whole: tuple[int, ...]) -> list[Piece]:
+        """Where this rank's part of the parameter `name`, of shape `whole`, lies in it; `spec` is the part's own."""
         dim, sizes = _cut(spec, name)
-        starts = [self.size * before + self.rank * n for before, n in zip(_before(sizes), sizes, strict=True)]
-        pieces = [whole.narrow(dim, start, n) for start, n in zip(starts, sizes, strict=True)]
-        return whole if not pieces else pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+        pieces = []
+        for before, size in zip(_before(sizes), sizes, strict=True):
+            first = self.size * before + self.rank * size
+            start, stop, at = [0] * len(whole), list(whole), [0] * len(whole)
+            start[dim], stop[dim], at[dim] = first, first + size, before
+            pieces.append(Piece(Box(tuple(start), tuple(stop)), tuple(at)))
+        return pieces or [Piece.whole(whole)]
 
     def whole_shape(self, spec: ModelSpec, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The whole shape of the parameter `name` whose part has this shape."""

@@ -1,34 +1,57 @@
-"""Whole weights into a model that may hold a rank's part of each, or 8-bit numbers."""
+"""How parameters of a model that decodes are written: it may hold a rank's part of each, or 8-bit numbers."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from asystem.models.decoder import Decoder
+from asystem.models.pieces import Piece
 from asystem.models.quantized import QuantizedLinear
 
 
-def whole_shapes(model: Decoder) -> dict[str, tuple[int, ...]]:
-    """The shapes in which weights are sent to a model, by parameter."""
-    parameters = dict(model.named_parameters())
-    shapes = {n: tuple(parameter.shape) for n, parameter in parameters.items() if not n.endswith(".channel_scale")}
-    if model.shard is None:
-        return shapes
-    return {name: model.shard.whole_shape(model.spec, name, shape) for name, shape in shapes.items()}
+def weight_pieces(model: Decoder) -> dict[str, tuple[tuple[int, ...], Sequence[Piece]]]:
+    """Of each parameter that is sent to a model its whole shape, and which blocks of it the model holds where."""
+    found: dict[str, tuple[tuple[int, ...], Sequence[Piece]]] = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith(".channel_scale"):  # comes about with the 8-bit numbers beside it
+            continue
+        shape = tuple(parameter.shape)
+        if model.shard is not None:
+            shape = model.shard.whole_shape(model.spec, name, shape)
+            found[name] = shape, model.shard.pieces(model.spec, name, shape)
+        else:
+            found[name] = shape, [Piece.whole(shape)]
+    return found
 
 
-@torch.no_grad()
-def write_weight(model: Decoder, name: str, whole: Tensor) -> None:
-    """Takes a whole weight over, in place: the model's part of it, in the dtype that it has here, on its device."""
-    part = whole if model.shard is None else model.shard.part(model.spec, name, whole)
-    write_rows(model, name, 0, part)
+@contextmanager
+def writing(model: Decoder, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The tensor into which all of what the model holds of a parameter is to be written.
+
+    It is the parameter itself; for a matrix in 8 bits one beside it, of ``dtype``, which is quantised at the end.
+    """
+    linear = _quantized(model, name)
+    if linear is None:
+        yield model.get_parameter(name).detach()
+    else:
+        beside = torch.empty_like(linear.weight, dtype=dtype)
+        yield beside
+        linear.write(0, beside)
 
 
 @torch.no_grad()
 def write_rows(model: Decoder, name: str, start: int, rows: Tensor) -> None:
     """Writes rows of a parameter from `start` on, in place."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(owner, QuantizedLinear) and name.endswith(".weight"):
-        return owner.write(start, rows)
+    linear = _quantized(model, name)
+    if linear is not None:
+        return linear.write(start, rows)
     model.get_parameter(name).narrow(0, start, len(rows)).copy_(rows)
+
+
+def _quantized(model: Decoder, name: str) -> QuantizedLinear | None:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return owner if isinstance(owner, QuantizedLinear) and name.endswith(".weight") else None

@@ -2,11 +2,13 @@
 
 from asystem.spmd import store
 from asystem.spmd.bootstrap import bootstrap
+from asystem.spmd.buffer import Buffer
 from asystem.spmd.group import replicas, spawn
 from asystem.spmd.remote import Collect, Dispatch, Worker, remote
 from asystem.spmd.runtime import Runtime, make_runtime
 
 __all__ = [
+    "Buffer",
     "Collect",
     "Dispatch",
     "Runtime",

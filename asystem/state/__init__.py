@@ -1,5 +1,6 @@
 """AState: how weights travel from training to generation."""
 
-from asystem.state.transport import TensorPlace, WeightPayload, export_weights, import_weights
+from asystem.state.plan import Layout, Move, plan_moves
+from asystem.state.transport import Inbox, Outbox, Place, WeightPayload
 
-__all__ = ["TensorPlace", "WeightPayload", "export_weights", "import_weights"]
+__all__ = ["Inbox", "Layout", "Move", "Outbox", "Place", "WeightPayload", "plan_moves"]

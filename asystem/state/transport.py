@@ -1,7 +1,8 @@
-"""AState, first cut: all weights in one flat buffer with a manifest, from a trainer to any reader.
+"""AState through host memory: every rank of training writes what it holds, each rank of generation reads what it needs.
 
-The buffer is a numpy array of bytes, so that shared memory and object stores carry it without a copy. A tied head is
-the embedding and goes once. Readers copy into the tensors they have, converting the dtype.
+Nothing is gathered: a rank's part of the weights is written once into its own buffer, and copied from there into the
+parameters of each replica. Buffers are shared memory where all ranks are on one host, and travel through Ray's store
+where not. A tied head is the embedding and goes once.
 """
 
 from __future__ import annotations
@@ -11,114 +12,202 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from asystem.errors import ModelError, nearest
-from asystem.models import Decoder, PlainWeight, plain_weights, whole_shapes, write_weight
+from asystem.errors import ModelError, PublicationError
+from asystem.models import Box, Decoder, Piece, PlainWeight, plain_weights, weight_pieces, writing
+from asystem.spmd import Buffer, store
+from asystem.state.checksum import checksum
+from asystem.state.plan import Layout, Move, plan_moves
 
-ALIGNMENT = 64  # bytes; a tensor starts where any dtype may be read
+ALIGNMENT = 64  # bytes; a block starts where any dtype may be read
 
 
 @dataclass(frozen=True, slots=True)
-class TensorPlace:
-    """Where one tensor lies in the buffer, row-major from ``offset`` (bytes) on."""
+class Place:
+    """Where a block of a parameter lies in a buffer, row-major from ``offset`` (bytes) on."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the whole
+    box: Box
     dtype: str  # float32, bfloat16, ...
     offset: int
 
     @property
-    def num_bytes(self) -> int:
-        """Without padding."""
-        return prod(self.shape) * _dtype(self.dtype).itemsize
+    def end(self) -> int:
+        """The byte after its last one."""
+        return self.offset + prod(self.box.shape) * _dtype(self.dtype).itemsize
 
     def of(self, flat: Tensor) -> Tensor:
-        """The tensor as a view into the buffer [bytes] uint8."""
-        return flat[self.offset : self.offset + self.num_bytes].view(_dtype(self.dtype)).view(self.shape)
+        """The block as a view into a buffer [bytes] uint8."""
+        return flat[self.offset : self.end].view(_dtype(self.dtype)).view(self.box.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightPayload:
-    """A model's weights: ``places`` in ``buffer`` [bytes] uint8."""
+    """One rank's part of a model's weights.
 
-    places: tuple[TensorPlace, ...]
-    buffer: npt.NDArray[np.uint8]
+    Attributes:
+        checksums: of the blocks as they were in the sender's parameters, in the order of ``places``; () = not taken.
+    """
+
+    places: tuple[Place, ...]
+    buffer: Buffer
+    checksums: tuple[int, ...] = ()
 
     @property
     def num_bytes(self) -> int:
         """Of the buffer, padding included."""
         return self.buffer.nbytes
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Views into the buffer, which may be read-only: do not write to them."""
+    def blocks(self) -> list[Tensor]:
+        """Views into the buffer, which may be read-only: do not write to them.
+
+        Raises:
+            ModelError: the buffer is short.
+        """
+        for place in self.places:
+            if place.end > self.num_bytes:
+                raise ModelError(f"{place.name} ends at byte {place.end}, but the buffer sent has {self.num_bytes}")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            flat = torch.from_numpy(self.buffer)
-        return {place.name: place.of(flat) for place in self.places}
+            flat = torch.from_numpy(self.buffer.array)
+        return [place.of(flat) for place in self.places]
 
 
-@torch.no_grad()
-def export_weights(model: nn.Module, dtype: torch.dtype | None = None, *, keep: bool = True) -> WeightPayload | None:
-    """Copies a model's parameters into a payload, adapters merged into the matrices that they stand beside.
-
-    FSDP's shards are gathered one parameter at a time, so every rank must call it, in step.
+class Outbox:
+    """A rank's buffer, in which each publication replaces the one before; it must have been read by then.
 
     Args:
+        model: its parameters; a rank of several has its part of each.
         dtype: on the wire; None = as the parameters are.
-        keep: false on ranks that take part only.
-
-    Returns:
-        the payload, or None where it is not kept.
+        verify_every: publications of which the first brings checksums; 0 = none does.
     """
-    weights = plain_weights(model)
-    places = _plan(weights, dtype)
-    size = max((place.offset + place.num_bytes for place in places), default=0)
-    buffer = torch.zeros(size, dtype=torch.uint8) if keep else None
-    for place, weight in zip(places, weights, strict=True):
-        whole = weight.value(dtype)
-        if buffer is not None:
-            place.of(buffer).copy_(whole)
-    return None if buffer is None else WeightPayload(tuple(places), buffer.numpy())
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, verify_every: int = 1) -> None:
+        self.model, self.dtype, self.verify_every = model, dtype, verify_every
+        self._places: tuple[Place, ...] = ()
+        self._buffer: Buffer | None = None
+        self._published = 0
+
+    @torch.no_grad()
+    def write(self) -> WeightPayload:
+        """Copies what this rank holds, adapters merged into the matrices that they stand beside: with adapters, whose
+        shards are gathered, all ranks call it in step."""
+        weights = plain_weights(self.model)
+        verify = self.verify_every > 0 and self._published % self.verify_every == 0
+        checksums = []
+        for index, weight in enumerate(weights):
+            box, block = weight.local()
+            block = block.to(self.dtype or weight.dtype)
+            if self._buffer is None:
+                self._plan(weights)
+            place = self._places[index]
+            place.of(self._flat).copy_(block)
+            if verify:
+                checksums.append(checksum(block, box, place.shape))
+        self._published += 1
+        assert self._buffer is not None, "a model has parameters"
+        return WeightPayload(self._places, self._buffer, tuple(checksums))
+
+    def _plan(self, weights: Sequence[PlainWeight]) -> None:
+        places: list[Place] = []
+        for weight in weights:
+            wire = str(self.dtype or weight.dtype).removeprefix("torch.")
+            offset = -(-places[-1].end // ALIGNMENT) * ALIGNMENT if places else 0
+            places.append(Place(weight.name, weight.shape, weight.box, wire, offset))
+        self._places = tuple(places)
+        self._buffer = store.allocate(places[-1].end)
+        self._flat = torch.from_numpy(self._buffer.array)
 
 
-def import_weights(model: Decoder, payload: WeightPayload) -> None:
-    """Copies a payload into a model's parameters in place, in their dtype and on their device; of a model that is cut
-    over ranks, into this rank's part.
+class Inbox:
+    """Takes published weights over into a model's parameters, in place, in their dtype and on their device; of a model
+    that is cut over ranks, into this rank's part."""
 
-    Raises:
-        ModelError: names or shapes differ, or the buffer is short; nothing is changed then.
-    """
-    _check(whole_shapes(model), payload)
-    for name, tensor in payload.tensors().items():
-        write_weight(model, name, tensor)
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self._held = {name: Layout(*held) for name, held in weight_pieces(model).items()}
+        self._sent: list[tuple[Place, ...]] = []
+        self._moves: dict[str, list[Move]] = {}
+
+    @torch.no_grad()
+    def read(self, payloads: Sequence[WeightPayload]) -> None:
+        """Copies what the model holds out of all ranks' payloads, and verifies it where checksums came along.
+
+        Raises:
+            ModelError: names or shapes differ, a block is missing, or a buffer is short; nothing is changed then.
+            PublicationError: a parameter is not what was sent.
+        """
+        self._plan([payload.places for payload in payloads])
+        arrived = Arrived(payloads)
+        for name, moves in self._moves.items():
+            with writing(self.model, name, arrived.block(moves[0]).dtype) as parameter:
+                for move in moves:
+                    move.target.part(move.box, parameter).copy_(arrived.block(move))
+                if arrived.has_checksums:
+                    arrived.verify(name, self._held[name], parameter)
+
+    def _plan(self, sent: list[tuple[Place, ...]]) -> None:
+        if sent == self._sent:
+            return
+        senders = [{p.name: Layout(p.shape, [Piece(p.box, (0,) * len(p.shape))]) for p in places} for places in sent]
+        moves = plan_moves(senders, [self._held])
+        self._moves = {name: [] for name in self._held}
+        for move in moves:
+            self._moves[move.name].append(move)
+        self._sent = sent
 
 
-def _plan(weights: Sequence[PlainWeight], dtype: torch.dtype | None) -> list[TensorPlace]:
-    places: list[TensorPlace] = []
-    offset = 0
-    for weight in weights:
-        wire = str(dtype or weight.dtype).removeprefix("torch.")
-        places.append(TensorPlace(weight.name, weight.shape, wire, offset))
-        offset += -(-places[-1].num_bytes // ALIGNMENT) * ALIGNMENT
-    return places
+class Arrived:
+    """What all ranks of training have sent."""
 
+    def __init__(self, payloads: Sequence[WeightPayload]) -> None:
+        self._blocks: list[dict[str, tuple[Place, Tensor, int | None]]] = []
+        for payload in payloads:
+            checksums = payload.checksums or (None,) * len(payload.places)
+            rows = zip(payload.places, payload.blocks(), checksums, strict=True)
+            self._blocks.append({row[0].name: row for row in rows})
+        self.has_checksums = all(payload.checksums for payload in payloads)
 
-def _check(shapes: dict[str, tuple[int, ...]], payload: WeightPayload) -> None:
-    sent = {place.name: place for place in payload.places}
-    for name in sent.keys() - shapes.keys():
-        raise ModelError(f"weights were sent for {name}, which the receiving model has not{nearest(name, shapes)}")
-    for name, shape in shapes.items():
-        if name not in sent:
-            raise ModelError(f"the receiving model has {name}, for which no weights were sent{nearest(name, sent)}")
-        if sent[name].shape != shape:
-            raise ModelError(f"{name} was sent as {sent[name].shape}, the receiving model's is {shape}")
-        end = sent[name].offset + sent[name].num_bytes
-        if end > payload.num_bytes:
-            raise ModelError(f"{name} ends at byte {end}, but the buffer sent has {payload.num_bytes}")
+    def block(self, move: Move) -> Tensor:
+        """The numbers that a move brings."""
+        _, block, _ = self._blocks[move.sender][move.name]
+        return move.source.part(move.box, block)
+
+    def verify(self, name: str, held: Layout, parameter: Tensor) -> None:
+        """Compares what is held of a parameter with what its senders had, whatever moves brought it.
+
+        Raises:
+            PublicationError: naming it.
+        """
+        actual = sum(checksum(piece.part(piece.box, parameter), piece.box, held.shape) for piece in held.pieces)
+        if actual == self._expected(name, held, parameter.dtype):
+            return
+        for sender in range(len(self._blocks)):  # was it broken on the way, or written wrongly?
+            self._check_transit(name, sender)
+        raise PublicationError(f"{name} is not what was sent: it was written wrongly in generation")
+
+    def _expected(self, name: str, held: Layout, dtype: torch.dtype) -> int:
+        total, missing = 0, [piece.box for piece in held.pieces]
+        for sender, blocks in enumerate(self._blocks):
+            if name not in blocks:
+                continue
+            place, block, sent = blocks[name]
+            for box in [common for box in missing if (common := box.meet(place.box)) is not None]:
+                if box == place.box and block.dtype is dtype and sent is not None:
+                    total += sent
+                else:
+                    self._check_transit(name, sender)
+                    total += checksum(box.of(block, place.box.start).to(dtype), box, held.shape)
+            missing = [left for box in missing for left in box.minus(place.box)]
+        return total
+
+    def _check_transit(self, name: str, sender: int) -> None:
+        place, block, sent = self._blocks[sender].get(name, (None, None, None))
+        if place is not None and block is not None and checksum(block, place.box, place.shape) != sent:
+            raise PublicationError(f"{name} changed on its way from rank {sender} of training")
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -18,9 +18,11 @@ from asystem.errors import DataError, ModelError
 from asystem.generation import Engine, EngineRequest
 from asystem.models import Decoder
 from asystem.spmd import Collect, Dispatch, Worker, remote, store
-from asystem.state import WeightPayload, import_weights
+from asystem.state import Inbox, WeightPayload
 from asystem.types import DecodeReport, FinishedRollout, Ref, RolloutRequest, SamplingParams, Trajectory
 from asystem.workers.build import build_model, build_tokenizer, pick_device, pick_dtype, pick_quantized, replica_part
+
+PROBE_PROMPTS, PROBE_TOKENS = 4, 16
 
 
 class GenerateWorker(Worker):
@@ -53,6 +55,7 @@ class GenerateWorker(Worker):
             seed=config.seed,
             max_length=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
         )
+        self._inbox = Inbox(model)
 
     @remote(Dispatch.BROADCAST, Collect.FIRST)
     async def num_held_out(self) -> int:
@@ -85,23 +88,41 @@ class GenerateWorker(Worker):
     async def evaluate(self, rows: Sequence[int]) -> list[FinishedRollout]:
         """Answers held-out prompts under the present weights; rollouts in flight keep their KV and wait."""
         sampling = replace(self.sampling, temperature=self.config.evaluation.temperature, top_k=0, top_p=1.0)
-        requests = [RolloutRequest(rollout=-1 - row, group=-1 - row, prompt=row) for row in rows]
-        self.engine.pause()
-        self.engine.submit([self._request(self.task.evaluation, request, sampling) for request in requests])
-        finished = self.engine.decode().finished
-        self.engine.resume()
+        finished = self._aside(self.task.evaluation, rows, sampling)
         return self._answer(sorted(finished, key=lambda trajectory: trajectory.prompt))
 
-    @remote(Dispatch.BROADCAST)
-    async def load_weights(self, weights: Ref[WeightPayload], version: int) -> None:
-        """Swaps the weights in place; tokens sampled from now on carry ``version``.
+    def probe(self) -> Ref[list[Trajectory]]:
+        """A few short samples of the first training prompts under the present weights."""
+        rows, new = range(min(PROBE_PROMPTS, len(self.task.train))), min(PROBE_TOKENS, self.sampling.max_new_tokens)
+        return store.put(self._aside(self.task.train, rows, replace(self.sampling, max_new_tokens=new)))
+
+    @remote(Dispatch.BROADCAST, Collect.FIRST)
+    async def load_weights(
+        self, weights: Sequence[Ref[WeightPayload]], version: int, probe: bool = False
+    ) -> Ref[list[Trajectory]] | None:
+        """Swaps the weights, of which each rank of training has sent a part, in place; tokens sampled from now on carry
+        ``version``.
+
+        Returns:
+            with ``probe``, a few short samples under the new weights, for training to compare (`check_probe`).
 
         Raises:
             ModelError: the version goes backwards, or the weights do not fit the model.
+            PublicationError: they are not those that were sent.
         """
         self.check_version(version)
-        import_weights(self.engine.model, store.get(weights))
+        self._inbox.read(store.get_many(weights))
         self.engine.weights_updated(version)
+        return self.probe() if probe else None
+
+    def _aside(self, dataset: Sequence[Row], rows: Sequence[int], sampling: SamplingParams) -> list[Trajectory]:
+        """Answers prompts while rollouts in flight keep their KV and wait."""
+        requests = [RolloutRequest(rollout=-1 - row, group=-1 - row, prompt=row) for row in rows]
+        self.engine.pause()
+        self.engine.submit([self._request(dataset, request, sampling) for request in requests])
+        finished = self.engine.decode().finished
+        self.engine.resume()
+        return finished
 
     def check_version(self, version: int) -> None:
         """Refuses weights older than those that are loaded."""

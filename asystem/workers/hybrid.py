@@ -5,13 +5,14 @@ With adapters (`training.lora`) the engine decodes with merged copies of the mat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from asystem.config import Config
 from asystem.models import merged_copy, refresh_merged
 from asystem.spmd import Collect, Dispatch, remote
 from asystem.state import WeightPayload
-from asystem.types import Ref
+from asystem.types import Ref, Trajectory
 from asystem.workers.generate import GenerateWorker
 from asystem.workers.train import TrainWorker
 
@@ -29,14 +30,17 @@ class HybridWorker(TrainWorker, GenerateWorker):
         self.start_training(model)  # first: it brings the shared weights into the dtype that both compute in
         self.start_generation(merged_copy(model) if self.config.training.lora.rank > 0 else model)
 
-    @remote(Dispatch.BROADCAST, Collect.FIRST)
-    async def export_weights(self) -> Ref[WeightPayload]:
+    @remote(Dispatch.BROADCAST, Collect.CONCAT)
+    async def export_weights(self) -> list[Ref[WeightPayload]]:
         """Nothing is copied: publishing is the new version number alone."""
-        return Ref(None)
+        return []
 
-    @remote(Dispatch.BROADCAST)
-    async def load_weights(self, weights: Ref[WeightPayload], version: int) -> None:
+    @remote(Dispatch.BROADCAST, Collect.FIRST)
+    async def load_weights(
+        self, weights: Sequence[Ref[WeightPayload]], version: int, probe: bool = False
+    ) -> Ref[list[Trajectory]] | None:
         self.check_version(version)
         if self.config.training.lora.rank > 0:
             refresh_merged(self.engine.model, self.trainer.model)
         self.engine.weights_updated(version)
+        return self.probe() if probe else None

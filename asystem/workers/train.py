@@ -15,9 +15,10 @@ from asystem.config import Config, Schedule
 from asystem.data.batch import Batch, BatchRow
 from asystem.data.packing import PackedBatch, Sample, pack
 from asystem.data.task import Row, load_task
+from asystem.errors import PublicationError
 from asystem.models import Decoder
 from asystem.spmd import Collect, Dispatch, Worker, remote, store
-from asystem.state import WeightPayload, export_weights
+from asystem.state import Outbox, WeightPayload
 from asystem.stats import Stats, merge
 from asystem.tracking.rollouts import RolloutWriter
 from asystem.training import Saver, TrainEngine, describe_model, supervised_loss
@@ -63,7 +64,8 @@ class TrainWorker(Worker):
             self._start_rl()
         self.saver = Saver(self.trainer, config.checkpoint, describe_model(model.spec, self.tokenizer))
         self.saver.check_space(self.run_dir)
-        self._wire_dtype = pick_dtype(config.generation.dtype, device)
+        wire_dtype = pick_dtype(config.generation.dtype, device)
+        self._outbox = Outbox(self.trainer.model, wire_dtype, config.weights.verify_every)
         self._warm_ups = 0
         self._columns: dict[int, tuple[list[float], list[int]]] = {}
         self._writer = RolloutWriter(self.run_dir / "rollouts", self.rank) if config.tracking.rollouts else None
@@ -118,11 +120,33 @@ class TrainWorker(Worker):
         if self.config.algorithm.kl_coefficient > 0:
             self.trainer.keep_reference()
 
+    @remote(Dispatch.BROADCAST, Collect.CONCAT)
+    async def export_weights(self) -> list[Ref[WeightPayload]]:
+        """Each rank's part of the present weights behind a reference, in the dtype that generation wants.
+
+        They must have been loaded before the next call.
+        """
+        return [store.put(self._outbox.write())]
+
     @remote(Dispatch.BROADCAST, Collect.FIRST)
-    async def export_weights(self) -> Ref[WeightPayload]:
-        """The present weights behind a reference, in the dtype that generation wants."""
-        payload = export_weights(self.trainer.model, self._wire_dtype, keep=self.rank == 0)
-        return store.put(payload) if payload is not None else Ref(None)
+    async def check_probe(self, probe: Ref[list[Trajectory]]) -> float:
+        """Scores what generation has just sampled; returns the mean difference of its log-probabilities, in nats.
+
+        Raises:
+            PublicationError: it is more than `weights.probe_bound`.
+        """
+        samples = [Sample(t.prompt_tokens, t.tokens, 0.0, infer_logprobs=t.logprobs) for t in store.get(probe)]
+        micro = pack(samples, self.config.training.micro_batch_tokens)
+        pairs = zip(self.trainer.logprobs(micro), micro, strict=True)
+        gaps = torch.cat([(ours.cpu() - packed.infer_logprobs)[packed.label_rows].abs() for ours, packed in pairs])
+        mean, bound = float(gaps.mean()), self.config.weights.probe_bound
+        if not mean <= bound:
+            raise PublicationError(
+                f"generation and training differ by {mean:.3g} nats a token (worst {float(gaps.max()):.3g}) in samples "
+                f"taken right after weights were published; weights.probe_bound={bound:g}. Either they compute "
+                "different models, or generation is that coarse: then raise the bound"
+            )
+        return mean
 
     @remote(Dispatch.BROADCAST)
     async def save(self, step: int, score: float | None) -> None:

@@ -13,7 +13,7 @@ from asystem.generation import Engine, EngineRequest
 from asystem.generation.captured import CapturedRunner
 from asystem.generation.runner import head_logits
 from asystem.models import Decoder, ModelSpec, PackedAttention, init_weights, quantize
-from asystem.models.weights import write_weight
+from asystem.state import Inbox, Outbox
 from asystem.types import SamplingParams, Trajectory
 
 pytestmark = pytest.mark.skipif(
@@ -96,8 +96,7 @@ def test_graphs_see_weights_that_were_quantised_again() -> None:
         graphs = dict(engine.runner._graphs)
         other = Decoder(SPEC)
         init_weights(other, seed=1, std=0.1)
-        for name, weight in other.named_parameters():
-            write_weight(decoder, name, weight.detach())
+        Inbox(decoder).read([Outbox(other).write()])
         engine.weights_updated(version + 1)
     assert graphs and engine.runner._graphs == graphs
     want = generate(decoder, 1, graphs=False)

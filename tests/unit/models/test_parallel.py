@@ -10,7 +10,7 @@ import torch
 
 from asystem.errors import ConfigError, ModelError
 from asystem.models import Decoder, ModelSpec, Shard, init_weights, load_model, save_model
-from asystem.state import export_weights, import_weights
+from asystem.state import Inbox, Outbox
 
 SPEC = ModelSpec("qwen2", 23, 12, 20, 2, num_heads=8, num_kv_heads=4, head_dim=6, qkv_bias=True)
 
@@ -43,22 +43,21 @@ def test_the_parts_of_a_layer_add_up_to_it(size: int) -> None:
 def test_a_folder_is_read_and_published_weights_are_taken_in_part(tmp_path: Path) -> None:
     whole = random_model()
     save_model(whole, SPEC, tmp_path)
-    payload = export_weights(whole)
-    assert payload is not None
+    payload = Outbox(whole).write()
     for rank in range(2):
         shard = Shard(rank, 2)
         loaded, cut, sent = load_model(tmp_path, part=shard), shard.cut(whole), shard.cut(random_model())
         with torch.no_grad():
             for parameter in sent.parameters():
                 parameter.zero_()
-        import_weights(sent, payload)
+        Inbox(sent).read([payload])
         for name, parameter in cut.named_parameters():
             assert torch.equal(loaded.get_parameter(name), parameter), name
             assert torch.equal(sent.get_parameter(name), parameter), name
     with pytest.raises(
         ModelError, match=r"qkv_proj\.weight was sent as \(48, 12\), the receiving model's is \(96, 12\)"
     ):
-        import_weights(Shard(0, 2).cut(whole), export_weights(Shard(0, 2).cut(whole)))  # type: ignore[arg-type]
+        Inbox(Shard(0, 2).cut(whole)).read([Outbox(Shard(0, 2).cut(whole)).write()])
 
 
 def test_what_does_not_divide_is_refused() -> None:

@@ -20,7 +20,7 @@ from asystem.models import (
     save_model,
 )
 from asystem.models.quantized import quantize_rows
-from asystem.state import export_weights, import_weights
+from asystem.state import Inbox, Outbox
 
 SPEC = ModelSpec("qwen2", 53, 64, 96, 2, num_heads=4, num_kv_heads=2, head_dim=16, qkv_bias=True)
 KINDS = [torch.int8, torch.float8_e4m3fn]
@@ -76,9 +76,8 @@ def test_folders_and_published_weights_give_the_same_numbers_in_place(kind: torc
     source, target = random_model(1), quantize(random_model(2), kind)
     want = quantize(copy.deepcopy(source), kind)
     places = {name: p.data_ptr() for name, p in target.named_parameters()}
-    payload = export_weights(source)
-    assert payload is not None
-    import_weights(target, payload)
+    payload = Outbox(source).write()
+    Inbox(target).read([payload])
     save_model(source, SPEC, tmp_path)
     loaded = load_model(tmp_path, quantized=kind)
     for name, p in want.named_parameters():
@@ -93,12 +92,11 @@ def test_folders_and_published_weights_give_the_same_numbers_in_place(kind: torc
 def test_a_rank_quantises_its_part(tmp_path: Path) -> None:
     source = random_model(1)
     save_model(source, SPEC, tmp_path)
-    payload = export_weights(source)
-    assert payload is not None
+    payload = Outbox(source).write()
     for rank in range(2):
         want = quantize(Shard(rank, 2).cut(source), torch.int8)
         sent = quantize(Shard(rank, 2).cut(random_model(2)), torch.int8)
-        import_weights(sent, payload)
+        Inbox(sent).read([payload])
         loaded = load_model(tmp_path, part=Shard(rank, 2), quantized=torch.int8)
         for name, p in want.named_parameters():
             assert torch.equal(sent.get_parameter(name), p) and torch.equal(loaded.get_parameter(name), p), name

@@ -14,7 +14,7 @@ from training_helpers import make_model, make_samples
 from asystem.config import TrainingConfig
 from asystem.data.packing import pack
 from asystem.models import Decoder, ModelSpec, init_weights
-from asystem.state import export_weights, import_weights
+from asystem.state import Inbox, Outbox
 from asystem.stats import merge
 from asystem.training import TrainEngine, supervised_loss
 
@@ -57,9 +57,7 @@ def test_bfloat16_follows_float32_and_resumes_bit_equal(tmp_path: Path) -> None:
 
 def test_weights_travel_to_a_bfloat16_model_on_the_gpu() -> None:
     source, target = make_model(1), make_model(2).to("cuda", torch.bfloat16)
-    payload = export_weights(source, torch.bfloat16)
-    assert payload is not None
-    import_weights(target, payload)
+    Inbox(target).read([Outbox(source, torch.bfloat16).write()])
     for name, p in target.named_parameters():
         assert torch.equal(p.cpu(), source.get_parameter(name).to(torch.bfloat16)), name
 
