@@ -1,7 +1,10 @@
 """A checksum of a block of a parameter: a sum over its numbers' bits, each weighted by its place in the whole.
 
+    sum over rows r, columns c of  bits[r, c] * u(r) * v(c)   mod 2^32        u, v odd, different at every place
+
 Sums of blocks that do not meet add up to the whole's, however it is cut. As weights are odd, a single wrong bit shows;
 as they differ from place to place, so do numbers, rows or experts that changed places, and a layer that was left out.
+It costs one product a number: less than copying it.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from asystem.models import Box
 
-_AT_ONCE = 1 << 21  # numbers; what is written down beside them takes 8 bytes each
+MODULUS = 1 << 32
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
@@ -20,26 +23,31 @@ def checksum(block: Tensor, box: Box, shape: tuple[int, ...]) -> int:
     """Of a block, which lies at ``box`` in a parameter of ``shape``. Equal blocks on any device have equal ones."""
     if not block.numel():
         return 0
-    width = box.shape[-1] if box.shape else 1
-    rows = block.reshape(-1, width).contiguous().view(_BITS[block.element_size()])
-    firsts = _first_places(box, shape, block.device)
-    columns = torch.arange(width, dtype=torch.int32, device=block.device)
+    width = box.shape[-1]
+    rows = block.reshape(-1, width).view(_BITS[block.element_size()])
+    row_weights = _weights(_row_numbers(box, shape, block.device))
+    column_weights = _weights(torch.arange(box.start[-1], box.stop[-1], device=block.device))
     total = torch.zeros((), dtype=torch.int64, device=block.device)
-    count = max(1, _AT_ONCE // width)
+    at_once = 1 << (24 if block.is_cuda else 18)  # numbers: a part that stays in a processor's cache
+    count = max(1, at_once // width)
     for start in range(0, len(rows), count):
-        places = firsts[start : start + count, None] + columns
-        weights = places.mul_(-1640531535)  # wraps, as all of this does; 2^32 divided by the golden ratio
-        weights ^= weights >> 15
-        total += weights.mul_(0x2C1B3C6D).bitwise_or_(1).mul_(rows[start : start + count]).sum()
-    return int(total)
+        products = rows[start : start + count].to(torch.int32) * column_weights  # wraps, as sums do
+        total += (products.sum(1, dtype=torch.int32) * row_weights[start : start + count]).sum()
+    return int(total) % MODULUS
 
 
-def _first_places(box: Box, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The place in the whole, counted along its rows, of the first number of each row of the block, [rows] int32."""
-    places, stride = torch.zeros(1, dtype=torch.int64, device=device), 1
-    for dim in reversed(range(len(shape))):
-        low, high = box.start[dim], box.stop[dim]
-        steps = torch.arange(low, low + 1 if dim == len(shape) - 1 else high, device=device) * stride
-        places = (steps[:, None] + places).flatten()
-        stride *= shape[dim]
-    return places.to(torch.int32)  # wraps
+def _row_numbers(box: Box, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The number in the whole of each of a block's rows, which lie along the last dimension, [rows] int64."""
+    numbers, stride = torch.zeros(1, dtype=torch.int64, device=device), 1
+    for low, high, size in reversed(list(zip(box.start[:-1], box.stop[:-1], shape[:-1], strict=True))):
+        steps = torch.arange(low, high, device=device) * stride
+        numbers = (steps[:, None] + numbers).flatten()
+        stride *= size
+    return numbers
+
+
+def _weights(numbers: Tensor) -> Tensor:
+    """Odd and different: 2^31 of them, int32."""
+    mixed = numbers * 0x9E3779B1 % MODULUS
+    mixed = (mixed ^ (mixed >> 15)) * 0x85EBCA6B % MODULUS  # so that places a power of 2 apart have nothing in common
+    return (mixed | 1).to(torch.int32)

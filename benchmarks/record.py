@@ -1,0 +1,75 @@
+"""What every benchmark writes: `results/<study>-<device>.json` with device, versions and command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+FOLDER = Path(__file__).parent / "results"
+
+
+def row(name: str, value: float | None, unit: str, *, mark: float | None = None, better: str, note: str = "") -> Row:
+    """A figure of three digits; ``mark`` is what was aimed at, ``better`` is higher or lower."""
+    figure = None if value is None else float(f"{value:.3g}")
+    return {"name": name, "value": figure, "unit": unit, "mark": mark, "better": better, "note": note}
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Prints figures as they come."""
+    for each in rows:
+        value = "not run" if each["value"] is None else f"{each['value']:,g}"
+        mark = "" if each["mark"] is None else f"mark {each['mark']:g}"
+        print(f"{each['name']:72} {value:>12} {each['unit']:12} {mark:12} {each['note']}", flush=True)
+
+
+def cpu_name() -> str:
+    """The processor, as the system names it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def slug(device: str) -> str:
+    """A device's name as a part of a file's."""
+    return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
+
+
+def write(
+    study: str, device: str, rows: Sequence[Row], *, packages: Sequence[str] = (), name: str | None = None
+) -> Path:
+    """Writes a study's results.
+
+    Args:
+        packages: distributions whose versions count, beside Python and torch.
+        name: the file's device; None = made from ``device``.
+    """
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    result = {
+        "study": study,
+        "device": device,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit or os.environ.get("COMMIT", ""),
+        "command": f"python {' '.join(sys.argv)}",
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in ("torch", *packages)},
+        "rows": list(rows),
+    }
+    path = FOLDER / f"{study}-{name or slug(device)}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
