@@ -129,6 +129,7 @@ class CallRecord:
     Attributes:
         start, end: of the call itself; start hooks are calls named ``setup``.
         queue_seconds: between the controller's call and its start: waiting behind earlier calls, and on the way.
+        peak_bytes: of memory that the rank had held by then: on its GPU, or without one of its process; 0 = not known.
     """
 
     group: str
@@ -138,3 +139,4 @@ class CallRecord:
     end: float
     host: str
     queue_seconds: float
+    peak_bytes: int = 0

@@ -169,7 +169,8 @@ class Group:
         if future.cancelled() or self.runtime.on_call is None or not (reply := future.result()).end:
             return
         host, queued = self.ranks[rank].where.host, max(0.0, reply.start - made)
-        self.runtime.on_call(CallRecord(self.spec.name, rank, name, reply.start, reply.end, host, queued))
+        times = reply.start, reply.end
+        self.runtime.on_call(CallRecord(self.spec.name, rank, name, *times, host, queued, reply.peak_bytes))
 
     async def _finish(self, name: str, mode: Mode, pending: dict[asyncio.Future[Reply], int]) -> Any:
         assert self._starting is not None, "the group is started by its first call"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Coroutine
@@ -65,12 +67,17 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A rank's answer to one call; start and end in wall-clock seconds, 0 when the process died in it."""
+    """A rank's answer to one call.
+
+    Attributes:
+        start, end: in wall-clock seconds, 0 when the process died in it. peak_bytes: see `CallRecord`.
+    """
 
     value: Any = None
     failure: Failure | None = None
     start: float = 0.0
     end: float = 0.0
+    peak_bytes: int = 0
 
 
 NODE_VARIABLE = "ASYSTEM_NODE"  # set in the processes of a bootstrapped cluster: the rank of their node
@@ -122,12 +129,21 @@ class Host:
 async def _timed(call: Coroutine[Any, Any, Any]) -> Reply:
     start = time.time()
     try:
-        return Reply(await call, None, start, time.time())
+        return Reply(await call, None, start, time.time(), peak_bytes())
     except Exception as error:
         # The first two frames are those of this file.
         frames = error.__traceback__ and error.__traceback__.tb_next and error.__traceback__.tb_next.tb_next
         trace = "".join(traceback.format_exception(type(error), error, frames)[-8:]).rstrip()
         return Reply(None, Failure(_one_line(error), trace, error), start, time.time())
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held: tensors on its GPU, or without one the process in RAM."""
+    torch: Any = sys.modules.get("torch")  # never imported for this
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _one_line(error: Exception) -> str:

@@ -23,8 +23,8 @@ EVENTS = "rollouts/events.jsonl"
 
 
 def is_timing(name: str) -> bool:
-    """Whether a metric depends on the clock: two runs of one seed in one process agree in all others."""
-    return name.startswith("time") or name.endswith(("_per_second", "/mfu")) or "seconds" in name
+    """Whether a metric depends on the clock or the machine: two runs of one seed in one process agree in all others."""
+    return name.startswith(("time", "memory/")) or name.endswith(("_per_second", "/mfu")) or "seconds" in name
 
 
 class Tracker:
@@ -54,6 +54,8 @@ class Tracker:
         self._started = self._logged = time.time()
         self._tokens = self._logged_tokens = 0  # generated: as of the last progress(), and of the last log()
         self._seconds: dict[tuple[str, str], dict[int, float]] = defaultdict(lambda: defaultdict(float))
+        self._peaks: dict[str, int] = {}  # bytes, by group
+        self._published = 0  # bytes of weights since the last log()
         self._accuracy: list[float] = []
         self._step = 0
         self._summary: dict[str, Any] | None = None
@@ -65,7 +67,8 @@ class Tracker:
 
         Added, unless given: `time/step`, `time/<group>_<method>` (seconds of calls, the mean over the group's ranks),
         `rollout/tokens_per_second` (generated, over all the time), `train/tokens_per_second` (over the updates alone;
-        response tokens, or without rollouts all tokens).
+        response tokens, or without rollouts all tokens), `sync/seconds` and `sync/gigabytes_per_second` (publishing
+        weights: writing, then loading), `memory/<group>_peak_gib` (of the rank that held most, so far).
         NaN and infinity are written as null.
         """
         now = time.time()
@@ -80,6 +83,7 @@ class Tracker:
         accuracies = [value for name, value in metrics.items() if is_accuracy(name)]
         self._accuracy += [sum(accuracies) / len(accuracies)] if accuracies else []  # the mean over tasks
         self._step, self._logged, self._logged_tokens = step, now, self._tokens
+        self._published = 0
         self._seconds.clear()
         self._console.step(step, metrics)
 
@@ -87,6 +91,7 @@ class Tracker:
         """Notes a worker's call, for the timeline and for `time/<group>_<method>`."""
         self._timeline.add(record)
         self._seconds[record.group, record.method][record.rank] += record.end - record.start
+        self._peaks[record.group] = max(record.peak_bytes, self._peaks.get(record.group, 0))
 
     def record(self, event: str, **fields: Any) -> None:
         """Writes down what the controller does next, for `asystem replay`: a line of `rollouts/events.jsonl`."""
@@ -96,6 +101,7 @@ class Tracker:
     def event(self, name: str, **fields: Any) -> None:
         """As `record`, and marks the instant in the timeline: weights published, a window closed."""
         self.record(name, **fields)
+        self._published += fields.get("bytes", 0) if name == "weights" else 0
         self._timeline.mark(time.time(), name, plain(fields))
 
     def progress(self, *, tokens: int, phase: str, in_flight: int = 0) -> None:
@@ -135,14 +141,22 @@ class Tracker:
 
     def _rates(self, now: float, given: Mapping[str, float]) -> dict[str, float]:
         times = {f"time/{group}_{method}": _mean(ranks) for (group, method), ranks in self._seconds.items()}
+        times |= {f"memory/{group}_peak_gib": peak / 2**30 for group, peak in self._peaks.items() if peak}
         times["time/step"] = now - self._logged
         if self._tokens > self._logged_tokens:
             times["rollout/tokens_per_second"] = (self._tokens - self._logged_tokens) / max(times["time/step"], 1e-9)
-        update = sum(_mean(ranks) for (_, method), ranks in self._seconds.items() if method == "update")
+        if (sync := self._spent("export_weights", "load_weights")) > 0:
+            times["sync/seconds"] = sync
+            times["sync/gigabytes_per_second"] = self._published / sync / 1e9
+        update = self._spent("update")
         trained = given.get("rollout/tokens", given.get("train/tokens"))
         if update > 0 and trained is not None:
             times["train/tokens_per_second"] = trained / update
         return times
+
+    def _spent(self, *methods: str) -> float:
+        """Seconds in these methods since the last log(), the mean over the ranks of each group."""
+        return sum(_mean(ranks) for (_, method), ranks in self._seconds.items() if method in methods)
 
     def _counted(self) -> dict[str, Any]:
         return {

@@ -1,6 +1,7 @@
 import asyncio
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +115,14 @@ def test_route_takes_the_least_busy_rank(runtime: Runtime) -> None:
         assert await slow == 0
 
     asyncio.run(calls())
+
+
+def test_calls_know_the_memory_of_their_process() -> None:
+    records: list[CallRecord] = []
+    with make_runtime(RuntimeConfig(kind=RuntimeKind.inline), PlacementConfig(), on_call=records.append) as runtime:
+        asyncio.run(spawn(Counter, 1, name="counters", ranks=1, runtime=runtime).journal())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    assert records[-1].peak_bytes == pytest.approx(1024 * int(status["VmHWM"].split()[0]), rel=0.02)
 
 
 def test_replicas_speak_to_one_rank_each(runtime: Runtime) -> None:

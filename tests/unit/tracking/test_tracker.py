@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,25 @@ def test_times_are_means_over_ranks_since_the_last_line(config: Config, tmp_path
     assert "train/tokens_per_second" not in second
 
 
+def test_publications_are_timed_and_peaks_kept(config: Config, tmp_path: Path) -> None:
+    tracker = Tracker(config, tmp_path)
+    tracker.event("weights", version=1, bytes=3_000_000_000)
+    for record in (
+        call("trainers", "export_weights", 10.0, 11.0),
+        call("generators", "load_weights", 11.0, 11.5, rank=0),
+        call("generators", "load_weights", 11.0, 11.5, rank=1),
+    ):
+        tracker.call(replace(record, peak_bytes=2**30 * (record.rank + 1)))
+    tracker.log(1, 1, {})
+    tracker.call(replace(call("generators", "decode", 12.0, 13.0), peak_bytes=2**29))
+    tracker.log(2, 2, {})
+    first, second = lines(tmp_path)
+    assert (first["sync/seconds"], first["sync/gigabytes_per_second"]) == (1.5, 2.0)
+    assert "sync/seconds" not in second
+    for row in (first, second):
+        assert (row["memory/trainers_peak_gib"], row["memory/generators_peak_gib"]) == (1.0, 2.0)
+
+
 def test_generated_tokens_per_second_count_from_the_last_line(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +128,9 @@ def test_what_the_caller_measured_outranks_what_the_tracker_would_add(config: Co
     assert lines(tmp_path)[0]["train/tokens_per_second"] == 7.0
 
 
-@pytest.mark.parametrize("name", ["time", "time/step", "rollout/tokens_per_second", "sync/seconds", "train/mfu"])
+@pytest.mark.parametrize(
+    "name", ["time", "time/step", "rollout/tokens_per_second", "sync/seconds", "memory/trainers_peak_gib"]
+)
 def test_what_depends_on_the_clock(name: str) -> None:
     assert is_timing(name)
 
@@ -285,6 +307,7 @@ def test_a_folder_of_ones_own_is_never_written_twice(config: Config, tmp_path: P
 
 OFFLINE_RUN = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 def report(event, args):
