@@ -25,7 +25,8 @@ from asystem.generation.rows import FULL, RUNNING, STOPPED, Rows
 from asystem.generation.runner import EagerRunner, StepContext, head_logits
 from asystem.generation.sampler import sample, uniform
 from asystem.generation.scheduler import Prefill
-from asystem.models.decoder import Block, Decoder, RMSNorm
+from asystem.models.decoder import MLP, Block, Decoder, RMSNorm
+from asystem.models.moe import MoE, is_grouped
 from asystem.models.quantized import QuantizedLinear
 
 _MOST_SPLITS = 32
@@ -36,7 +37,7 @@ _TILING = Tiling(keys=64, warps=4, stages=2)
 
 
 class CapturedRunner:
-    """A `runner.Runner` for CUDA devices of compute capability 8.0 and up. Prefills are eager.
+    """A `runner.Runner` for CUDA devices and models that `can_capture` allows. Prefills are eager.
 
     Parameters may change in place between calls; where they moved, the graphs are captured anew.
     """
@@ -122,8 +123,7 @@ class CapturedRunner:
         qkv = _project(blocks[0].attn.qkv_proj, hidden)
         for index, block in enumerate(blocks):
             product = block.reduce(_project(block.attn.o_proj, self._attend(block, qkv, batch, sharing)))
-            gated, x = _norm_project(x, product, block.mlp_norm, block.mlp.gate_up_proj, gate=True)
-            product = block.reduce(_project(block.mlp.down_proj, gated))
+            product, x = _mlp(block, x, product)
             if index + 1 < len(blocks):
                 follower = blocks[index + 1]
                 qkv, x = _norm_project(x, product, follower.attn_norm, follower.attn.qkv_proj)
@@ -138,6 +138,9 @@ class CapturedRunner:
         attn, table, lengths = block.attn, self.rows.table[:batch], self._lengths[:batch]
         keys, values = self.cache.data[block.index]
         q_norm, k_norm = attn.q_norm, attn.k_norm
+        if q_norm is not None and k_norm is not None and q_norm.weight.numel() != attn.head_dim:
+            _norm_whole(qkv, q_norm, k_norm)
+            q_norm = k_norm = None
         rotary_write(
             qkv, None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
             0.0 if q_norm is None else q_norm.eps, self._cos, self._sin, lengths, table, keys, values, attn.num_heads,
@@ -169,6 +172,14 @@ class CapturedRunner:
         rows.done[used] = torch.where(active, done, rows.done[used])
 
 
+def _mlp(block: Block, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """What the block's MLP or experts make of norm(x + y), and x + y."""
+    if not isinstance(block.mlp, MLP):
+        return block.mlp(add_rms_norm(x, y, block.mlp_norm.weight, block.mlp_norm.eps)), x
+    gated, x = _norm_project(x, y, block.mlp_norm, block.mlp.gate_up_proj, gate=True)
+    return block.reduce(_project(block.mlp.down_proj, gated)), x
+
+
 def _project(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), by a kernel of ours where that is quicker."""
     if isinstance(module, (nn.Linear, QuantizedLinear)) and is_skinny(x, module.weight):
@@ -177,6 +188,13 @@ def _project(module: nn.Module, x: Tensor) -> Tensor:
         return tiled_linear(x, module.weight, module.channel_scale, module.bias)
     out: Tensor = module(x)
     return out
+
+
+def _norm_whole(qkv: Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> None:
+    """Norms all query heads of a row together and all its key heads, in place."""
+    q, k = q_norm.weight.numel(), k_norm.weight.numel()
+    qkv[:, :q] = q_norm(qkv[:, :q])
+    qkv[:, q : q + k] = k_norm(qkv[:, q : q + k])
 
 
 def _scale(module: nn.Linear | QuantizedLinear) -> Tensor | None:
@@ -191,6 +209,15 @@ def _norm_project(
         return norm_linear(x, y, norm.weight, norm.eps, module.weight, module.bias, _scale(module), swiglu=gate)
     product = _project(module, add_rms_norm(x, y, norm.weight, norm.eps))
     return swiglu(product) if gate else product, x
+
+
+def can_capture(model: Decoder, device: torch.device) -> bool:
+    """Whether a decode step never waits for the host here, as grouped products do where they are not one kernel."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    experts = [block.mlp.experts for block in model.layers if isinstance(block.mlp, MoE)]
+    in_one = torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return all(in_one and is_grouped(e.gate_up) and is_grouped(e.down) for e in experts)
 
 
 class _Sharing(NamedTuple):

@@ -133,9 +133,13 @@ def check_model(config: Config) -> tuple[ModelSpec, Tokenizer]:
 
     Raises:
         ModelError, DataError: as `build_model` and `build_tokenizer` would, later.
-        ConfigError: the model cannot be cut over `generation.tensor_parallel` ranks.
+        ConfigError: the model cannot be cut over `generation.tensor_parallel` ranks, or kept in `generation.dtype`.
     """
     spec = spec_from_config(config.model) if config.model.path is None else check_folder(config.model.path)[0]
     check_parallel(spec, config.generation.tensor_parallel)
+    if spec.moe is not None and config.generation.dtype in ("int8", "fp8"):
+        raise ConfigError(
+            f"generation.dtype={config.generation.dtype}: experts ({spec.family}) are not kept in 8 bits; use auto"
+        )
     check_lora(spec, config.training.lora)
     return spec, build_tokenizer(config, spec.vocab_size)
