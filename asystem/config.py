@@ -198,6 +198,7 @@ class GenerationConfig:
     prefill_tokens: int = 8192  # computed in one prefill batch; longer prompts are cut, and decoding goes on between
     dtype: str = "auto"  # float32 | bfloat16; auto = bfloat16 on CUDA, float32 on CPU; 8-bit weights: int8 | fp8
     head_dtype: str = "auto"  # logits are rounded as all results are; float32 = not rounded
+    return_routing: bool = False  # rollouts bring along which experts computed each token (Trajectory.routing)
     graphs: bool = True  # decode steps as CUDA graphs, or on a CPU as compiled code; false = plain PyTorch
 
 

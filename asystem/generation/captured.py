@@ -8,6 +8,7 @@ buckets, and a bucket is captured when it is first used.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from asystem.generation.kernels.linear import is_skinny, linear, norm_linear, ta
 from asystem.generation.kernels.sampling import draw
 from asystem.generation.kernels.tiled import is_tiled, tiled_linear
 from asystem.generation.kv_cache import KVCache
+from asystem.generation.routing import RoutingCache
 from asystem.generation.rows import FULL, RUNNING, STOPPED, Rows
 from asystem.generation.runner import EagerRunner, StepContext, head_logits
 from asystem.generation.sampler import sample, uniform
@@ -45,11 +47,19 @@ class CapturedRunner:
     run_ahead = 32
 
     def __init__(
-        self, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int], *, exact_head: bool = False
+        self,
+        model: Decoder,
+        cache: KVCache,
+        rows: Rows,
+        stop_ids: Collection[int],
+        *,
+        exact_head: bool = False,
+        routing: RoutingCache | None = None,
     ) -> None:
         self.model, self.cache, self.rows, self._exact_head = model, cache, rows, exact_head
         device = rows.device
-        self._eager = EagerRunner(model, cache, rows, stop_ids, exact_head=exact_head)
+        self._eager = EagerRunner(model, cache, rows, stop_ids, exact_head=exact_head, routing=routing)
+        self._routing = routing
         self._stops = torch.zeros(rows.vocab_size, dtype=torch.uint8, device=device)
         self._stops[list(stop_ids)] = 1
         num_rows, max_length = rows.tokens.shape
@@ -121,18 +131,27 @@ class CapturedRunner:
             first.weight, first.eps, lengths,
         )  # fmt: skip
         qkv = _project(blocks[0].attn.qkv_proj, hidden)
-        for index, block in enumerate(blocks):
-            product = block.reduce(_project(block.attn.o_proj, self._attend(block, qkv, batch, sharing)))
-            product, x = _mlp(block, x, product)
-            if index + 1 < len(blocks):
-                follower = blocks[index + 1]
-                qkv, x = _norm_project(x, product, follower.attn_norm, follower.attn.qkv_proj)
+        with self._kept(batch):
+            for index, block in enumerate(blocks):
+                product = block.reduce(_project(block.attn.o_proj, self._attend(block, qkv, batch, sharing)))
+                product, x = _mlp(block, x, product)
+                if index + 1 < len(blocks):
+                    follower = blocks[index + 1]
+                    qkv, x = _norm_project(x, product, follower.attn_norm, follower.attn.qkv_proj)
         hidden = add_rms_norm(x, product, model.norm.weight, model.norm.eps)
         logits = head_logits(model, hidden, self._exact_head)
         if truncated:
             self._draw_truncated(logits.float(), batch)
         else:
             draw(rows, logits, lengths, self._control, self._stops)
+
+    def _kept(self, batch: int) -> AbstractContextManager[None]:
+        if self._routing is None:
+            return nullcontext()
+        lengths, size = self._lengths[:batch], self.cache.block_size
+        position = (lengths - 1).clamp_(min=0)
+        blocks = self.rows.table[:batch].gather(1, (position // size)[:, None].long())[:, 0]
+        return self._routing.keep(blocks, position % size, lengths > 0)
 
     def _attend(self, block: Block, qkv: Tensor, batch: int, sharing: _Sharing) -> Tensor:
         attn, table, lengths = block.attn, self.rows.table[:batch], self._lengths[:batch]

@@ -10,7 +10,10 @@ dropped, and on a GPU in bfloat16 nothing waits for the host.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +59,22 @@ class Router(nn.Module):
             is_out = torch.ones_like(totals, dtype=torch.bool).scatter_(1, best, False)
             scores = grouped.masked_fill(is_out[..., None], -torch.inf).flatten(1)
         return scores.topk(moe.top_k).indices
+
+
+@contextmanager
+def record_routing(routers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """A list of what these routers choose, [T, top_k] each in the order of their calls, while it is open."""
+    chosen: list[Tensor] = []
+
+    def record(router: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
+        chosen.append(outputs[1])
+
+    handles = [router.register_forward_hook(record) for router in routers]
+    try:
+        yield chosen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Experts(nn.Module):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from asystem.config import ModelConfig
 from asystem.errors import ModelError
 
@@ -54,6 +56,11 @@ class MoESpec:
 
     def has_experts(self, layer: int) -> bool:
         return layer not in self.dense_layers
+
+    @property
+    def choice_dtype(self) -> torch.dtype:
+        """The smallest that holds an expert's number."""
+        return torch.uint8 if self.num_experts <= 256 else torch.int16
 
     def check(self, family: str, num_layers: int) -> None:
         """Refuses what the family's folders cannot say.
