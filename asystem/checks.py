@@ -19,6 +19,9 @@ SURROGATES = ("ppo", "gspo", "cispo", "reinforce")
 CORRECTIONS = ("none", "tis", "icepop", "kpop", "mis", "geometric")
 TOKEN_CORRECTIONS = ("tis", "icepop", "kpop")
 
+DENSE_FAMILIES = ("llama", "qwen2", "qwen3")
+MOE_FAMILIES = ("qwen3_moe", "olmoe", "bailing_moe_v2")
+
 RAY_LEAST_STORE = 75 * 2**20  # bytes; Ray refuses a smaller object store
 
 
@@ -71,6 +74,17 @@ def _model(config: Config) -> Iterator[Rule]:
     yield _at_least("model.head_dim", model.head_dim, 2)
     yield model.head_dim % 2 != 0, f"model.head_dim={model.head_dim} is odd; rotary embedding pairs its halves"
     yield _above("model.rope_theta", model.rope_theta, 0)
+    known = (*DENSE_FAMILIES, *MOE_FAMILIES)
+    yield model.family not in known, f'model.family="{model.family}" is unknown{nearest(model.family, known)}'
+    yield (
+        model.experts.count > 0 and model.family not in MOE_FAMILIES,
+        f"model.experts.count={model.experts.count} needs a family with experts, and model.family={model.family}: use "
+        f"one of {', '.join(MOE_FAMILIES)}",
+    )
+    yield (
+        model.experts.count == 0 and model.family in MOE_FAMILIES,
+        f"model.family={model.family} has experts, and model.experts.count=0: set how many",
+    )
 
 
 def _positions(config: Config) -> Iterator[Rule]:

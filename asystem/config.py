@@ -101,9 +101,23 @@ class WandbMode(Enum):
 
 
 @dataclass
+class ExpertsConfig:
+    """The mixture of experts of a model with random weights; read by the families qwen3_moe, olmoe, bailing_moe_v2."""
+
+    count: int = 0  # in each layer; 0 = a dense model
+    per_token: int = 2
+    intermediate_size: int = 128  # of one expert
+    first_dense_layers: int = 0  # layers that have an MLP instead, the first ones
+    shared: int = 0  # experts that compute every token; this and the rest: bailing_moe_v2 alone
+    groups: int = 1  # equal groups that the experts lie in
+    top_groups: int = 1  # of which a token may choose from so many
+    scaling: float = 1.0  # factor of the chosen experts' weights
+
+
+@dataclass
 class ModelConfig:
     path: str | None = None  # Hugging Face folder; null = random weights of the shape below
-    family: str = "qwen3"  # llama | qwen2 | qwen3
+    family: str = "qwen3"  # llama | qwen2 | qwen3 | qwen3_moe | olmoe | bailing_moe_v2
     vocab_size: int = 259
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -114,6 +128,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     max_positions: int = 4096
     tie_embeddings: bool = True
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     tokenizer: str = "bytes"  # "bytes", or a folder with tokenizer.json; a model folder's own wins when null-pathed
     chat_template: str | None = None  # Jinja file in place of the tokenizer's own, as with {% generation %} markers
 
@@ -183,6 +198,7 @@ class GenerationConfig:
     prefill_tokens: int = 8192  # computed in one prefill batch; longer prompts are cut, and decoding goes on between
     dtype: str = "auto"  # float32 | bfloat16; auto = bfloat16 on CUDA, float32 on CPU; 8-bit weights: int8 | fp8
     head_dtype: str = "auto"  # logits are rounded as all results are; float32 = not rounded
+    return_routing: bool = False  # rollouts bring along which experts computed each token (Trajectory.routing)
     graphs: bool = True  # decode steps as CUDA graphs, or on a CPU as compiled code; false = plain PyTorch
 
 

@@ -68,6 +68,12 @@ class Trajectory:
         prompt_tokens: [P] int32. tokens: [T] int32, nothing is ever re-tokenized.
         logprobs: [T] float32, log-probability under the distribution each token was sampled from.
         versions: [T] int32, weight version that sampled each token.
+        routing: [P + T - 1, layers with experts, top_k] uint8 (int16 beyond 256 experts), with
+            `generation.return_routing`: the experts that computed each token of prompt and response, in no order, but
+            for the last token, which nothing was computed for. Each is the choice of the forward pass that wrote the
+            keys and values which the token has at the end: of the one that drew the next token from it, unless they
+            were computed again (after preemption, export, or `kv_on_update: recompute`), and of a sibling's where they
+            are shared.
     """
 
     rollout: int
@@ -78,6 +84,7 @@ class Trajectory:
     logprobs: npt.NDArray[np.float32]
     versions: npt.NDArray[np.int32]
     finish: Finish
+    routing: npt.NDArray[np.uint8 | np.int16] | None = None
 
 
 @dataclass(frozen=True, slots=True)

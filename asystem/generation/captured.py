@@ -8,6 +8,7 @@ buckets, and a bucket is captured when it is first used.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,11 +22,13 @@ from asystem.generation.kernels.linear import is_skinny, linear, norm_linear, ta
 from asystem.generation.kernels.sampling import draw
 from asystem.generation.kernels.tiled import is_tiled, tiled_linear
 from asystem.generation.kv_cache import KVCache
+from asystem.generation.routing import RoutingCache
 from asystem.generation.rows import FULL, RUNNING, STOPPED, Rows
 from asystem.generation.runner import EagerRunner, StepContext, head_logits
 from asystem.generation.sampler import sample, uniform
 from asystem.generation.scheduler import Prefill
-from asystem.models.decoder import Block, Decoder, RMSNorm
+from asystem.models.decoder import MLP, Block, Decoder, RMSNorm
+from asystem.models.moe import MoE, is_grouped
 from asystem.models.quantized import QuantizedLinear
 
 _MOST_SPLITS = 32
@@ -36,7 +39,7 @@ _TILING = Tiling(keys=64, warps=4, stages=2)
 
 
 class CapturedRunner:
-    """A `runner.Runner` for CUDA devices of compute capability 8.0 and up. Prefills are eager.
+    """A `runner.Runner` for CUDA devices and models that `can_capture` allows. Prefills are eager.
 
     Parameters may change in place between calls; where they moved, the graphs are captured anew.
     """
@@ -44,11 +47,19 @@ class CapturedRunner:
     run_ahead = 32
 
     def __init__(
-        self, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int], *, exact_head: bool = False
+        self,
+        model: Decoder,
+        cache: KVCache,
+        rows: Rows,
+        stop_ids: Collection[int],
+        *,
+        exact_head: bool = False,
+        routing: RoutingCache | None = None,
     ) -> None:
         self.model, self.cache, self.rows, self._exact_head = model, cache, rows, exact_head
         device = rows.device
-        self._eager = EagerRunner(model, cache, rows, stop_ids, exact_head=exact_head)
+        self._eager = EagerRunner(model, cache, rows, stop_ids, exact_head=exact_head, routing=routing)
+        self._routing = routing
         self._stops = torch.zeros(rows.vocab_size, dtype=torch.uint8, device=device)
         self._stops[list(stop_ids)] = 1
         num_rows, max_length = rows.tokens.shape
@@ -120,13 +131,13 @@ class CapturedRunner:
             first.weight, first.eps, lengths,
         )  # fmt: skip
         qkv = _project(blocks[0].attn.qkv_proj, hidden)
-        for index, block in enumerate(blocks):
-            product = block.reduce(_project(block.attn.o_proj, self._attend(block, qkv, batch, sharing)))
-            gated, x = _norm_project(x, product, block.mlp_norm, block.mlp.gate_up_proj, gate=True)
-            product = block.reduce(_project(block.mlp.down_proj, gated))
-            if index + 1 < len(blocks):
-                follower = blocks[index + 1]
-                qkv, x = _norm_project(x, product, follower.attn_norm, follower.attn.qkv_proj)
+        with self._kept(batch):
+            for index, block in enumerate(blocks):
+                product = block.reduce(_project(block.attn.o_proj, self._attend(block, qkv, batch, sharing)))
+                product, x = _mlp(block, x, product)
+                if index + 1 < len(blocks):
+                    follower = blocks[index + 1]
+                    qkv, x = _norm_project(x, product, follower.attn_norm, follower.attn.qkv_proj)
         hidden = add_rms_norm(x, product, model.norm.weight, model.norm.eps)
         logits = head_logits(model, hidden, self._exact_head)
         if truncated:
@@ -134,10 +145,21 @@ class CapturedRunner:
         else:
             draw(rows, logits, lengths, self._control, self._stops)
 
+    def _kept(self, batch: int) -> AbstractContextManager[None]:
+        if self._routing is None:
+            return nullcontext()
+        lengths, size = self._lengths[:batch], self.cache.block_size
+        position = (lengths - 1).clamp_(min=0)
+        blocks = self.rows.table[:batch].gather(1, (position // size)[:, None].long())[:, 0]
+        return self._routing.keep(blocks, position % size, lengths > 0)
+
     def _attend(self, block: Block, qkv: Tensor, batch: int, sharing: _Sharing) -> Tensor:
         attn, table, lengths = block.attn, self.rows.table[:batch], self._lengths[:batch]
         keys, values = self.cache.data[block.index]
         q_norm, k_norm = attn.q_norm, attn.k_norm
+        if q_norm is not None and k_norm is not None and q_norm.weight.numel() != attn.head_dim:
+            _norm_whole(qkv, q_norm, k_norm)
+            q_norm = k_norm = None
         rotary_write(
             qkv, None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
             0.0 if q_norm is None else q_norm.eps, self._cos, self._sin, lengths, table, keys, values, attn.num_heads,
@@ -169,6 +191,14 @@ class CapturedRunner:
         rows.done[used] = torch.where(active, done, rows.done[used])
 
 
+def _mlp(block: Block, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """What the block's MLP or experts make of norm(x + y), and x + y."""
+    if not isinstance(block.mlp, MLP):
+        return block.mlp(add_rms_norm(x, y, block.mlp_norm.weight, block.mlp_norm.eps)), x
+    gated, x = _norm_project(x, y, block.mlp_norm, block.mlp.gate_up_proj, gate=True)
+    return block.reduce(_project(block.mlp.down_proj, gated)), x
+
+
 def _project(module: nn.Module, x: Tensor) -> Tensor:
     """module(x), by a kernel of ours where that is quicker."""
     if isinstance(module, (nn.Linear, QuantizedLinear)) and is_skinny(x, module.weight):
@@ -177,6 +207,13 @@ def _project(module: nn.Module, x: Tensor) -> Tensor:
         return tiled_linear(x, module.weight, module.channel_scale, module.bias)
     out: Tensor = module(x)
     return out
+
+
+def _norm_whole(qkv: Tensor, q_norm: RMSNorm, k_norm: RMSNorm) -> None:
+    """Norms all query heads of a row together and all its key heads, in place."""
+    q, k = q_norm.weight.numel(), k_norm.weight.numel()
+    qkv[:, :q] = q_norm(qkv[:, :q])
+    qkv[:, q : q + k] = k_norm(qkv[:, q : q + k])
 
 
 def _scale(module: nn.Linear | QuantizedLinear) -> Tensor | None:
@@ -191,6 +228,15 @@ def _norm_project(
         return norm_linear(x, y, norm.weight, norm.eps, module.weight, module.bias, _scale(module), swiglu=gate)
     product = _project(module, add_rms_norm(x, y, norm.weight, norm.eps))
     return swiglu(product) if gate else product, x
+
+
+def can_capture(model: Decoder, device: torch.device) -> bool:
+    """Whether a decode step never waits for the host here, as grouped products do where they are not one kernel."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    experts = [block.mlp.experts for block in model.layers if isinstance(block.mlp, MoE)]
+    in_one = torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return all(in_one and is_grouped(e.gate_up) and is_grouped(e.down) for e in experts)
 
 
 class _Sharing(NamedTuple):

@@ -81,7 +81,7 @@ class CpuRunner:
         step.head_weight = cpu.address(model.head_weight())
 
     def _layer(self, block: nn.Module) -> cpu.Layer:
-        assert isinstance(block, Block)
+        assert isinstance(block, Block) and isinstance(block.mlp, MLP)
         attn, mlp, (keys, values) = block.attn, block.mlp, self.cache.data[block.index]
         parameters = (
             block.attn_norm.weight, attn.qkv_proj.weight, attn.qkv_proj.bias,

@@ -19,6 +19,7 @@ from asystem.generation.blocks import BlockPool
 from asystem.generation.cpu import CpuRunner, is_supported
 from asystem.generation.kv_cache import KVCache
 from asystem.generation.memory import MemoryPlan, card_capacity, plan_memory
+from asystem.generation.routing import RoutingCache
 from asystem.generation.rows import FINISH, RUNNING, Rows
 from asystem.generation.runner import EagerRunner, Runner, StepContext
 from asystem.generation.scheduler import Scheduler
@@ -86,7 +87,10 @@ class Engine:
             config.max_running, max_length, pool.blocks_for(max_length), spec.vocab_size, seed, self.device
         )
         self.scheduler = Scheduler(pool, config.max_running, config.prefill_tokens)
-        self.runner = _runner(config, model, self.cache, self.rows, stop_ids)
+        self.routing: RoutingCache | None = None
+        if config.return_routing and spec.moe is not None:
+            self.routing = RoutingCache(model, pool.num_blocks, config.block_size, self.device)
+        self.runner = _runner(config, model, self.cache, self.rows, stop_ids, self.routing)
         self._arrivals = 0
         self._truncated = False  # some running sequence samples with top-k or top-p
         self._cut = False  # the last prefill batch left something to compute
@@ -253,8 +257,11 @@ class Engine:
         finishes = [FINISH[int(ended[row - first])] for row in rows]
         sequences = self._leave(rows, State.FINISHED)
         for sequence, finish in zip(sequences, finishes, strict=True):
+            trajectory = sequence.trajectory(finish)
+            if self.routing is not None:
+                trajectory.routing = self.routing.read(sequence.blocks, sequence.length - 1)
             self.scheduler.free(sequence)
-            done.finished.append(sequence.trajectory(finish))
+            done.finished.append(trajectory)
             done.completed += len(sequence.tokens)
 
     # --- bookkeeping ---------------------------------------------------------------------------------------------
@@ -317,16 +324,24 @@ class Engine:
         self._truncated = any(p.temperature > 0 and (p.top_k > 0 or p.top_p < 1) for p in params)
 
 
-def _runner(config: GenerationConfig, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int]) -> Runner:
+def _runner(
+    config: GenerationConfig,
+    model: Decoder,
+    cache: KVCache,
+    rows: Rows,
+    stop_ids: Collection[int],
+    routing: RoutingCache | None,
+) -> Runner:
     """Captured decode steps where the device can run them, else eager ones."""
     exact_head = config.head_dtype == "float32"
-    if config.graphs and rows.device.type == "cuda" and torch.cuda.get_device_capability(rows.device) >= (8, 0):
-        from asystem.generation.captured import CapturedRunner  # needs Triton, which CPU builds of torch lack
+    if config.graphs and rows.device.type == "cuda":
+        from asystem.generation.captured import CapturedRunner, can_capture  # needs Triton, which CPU builds lack
 
-        return CapturedRunner(model, cache, rows, stop_ids, exact_head=exact_head)
+        if can_capture(model, rows.device):
+            return CapturedRunner(model, cache, rows, stop_ids, exact_head=exact_head, routing=routing)
     if config.graphs and is_supported(model, cache.data.dtype, rows.device):
         return CpuRunner(model, cache, rows, stop_ids)
-    return EagerRunner(model, cache, rows, stop_ids, exact_head=exact_head)
+    return EagerRunner(model, cache, rows, stop_ids, exact_head=exact_head, routing=routing)
 
 
 def _plan(model: Decoder, config: GenerationConfig, max_length: int, device: torch.device) -> MemoryPlan:

@@ -90,13 +90,17 @@ class DecodeAttention:
     Args:
         table: [B, M] int64, blocks of each sequence, M enough for the longest; entries beyond a sequence's end are
             any valid block. position: [B] int64, of the new token.
+
+    Attributes:
+        places: [B] blocks, [B] offsets where the new tokens are written.
     """
 
     def __init__(self, cache: KVCache, table: Tensor, position: Tensor) -> None:
         self.cache = cache
         index = torch.div(position, cache.block_size, rounding_mode="floor")
         block = table.gather(1, index[:, None])[:, 0]
-        self._write_rows = cache.token_rows(block, position - index * cache.block_size)
+        self.places = block, position - index * cache.block_size
+        self._write_rows = cache.token_rows(*self.places)
         self._read_rows = cache.chunk_rows(table)
         places = torch.arange(table.shape[1] * cache.block_size, device=table.device)
         mask = torch.zeros(len(position), len(places), device=table.device)
@@ -125,6 +129,9 @@ class PrefillAttention:
         blocks: blocks of each sequence, its context included.
         contexts: tokens of each sequence that are in the cache already.
         lengths: tokens of each sequence in the packed batch, T in all.
+
+    Attributes:
+        places: [T] blocks, [T] offsets where the tokens are written.
     """
 
     def __init__(
@@ -136,21 +143,26 @@ class PrefillAttention:
     ) -> None:
         self.cache, device = cache, cache.data.device
         self.lengths, self.totals = list(lengths), [c + n for c, n in zip(contexts, lengths, strict=True)]
-        self._write_rows = self._rows(blocks, contexts, self.totals)
-        self._read_rows = self._rows(blocks, [0] * len(blocks), self.totals) if any(contexts) else None
+        self.places = self._places(blocks, contexts, self.totals)
+        self._write_rows = cache.token_rows(*self.places)
+        self._read_rows = None
+        if any(contexts):
+            self._read_rows = cache.token_rows(*self._places(blocks, [0] * len(blocks), self.totals))
         self._starts: tuple[Tensor, Tensor] | None = None
         if cache.data.is_cuda and cache.data.dtype != torch.float32:
             self._starts = _starts(self.lengths, device), _starts(self.totals, device)
         else:
             self._masks = [_mask(c, n, device) for c, n in zip(contexts, lengths, strict=True)]
 
-    def _rows(self, blocks: Sequence[Sequence[int]], begins: Sequence[int], ends: Sequence[int]) -> Tensor:
-        """Rows of the cache for the tokens begin..end-1 of each sequence."""
+    def _places(
+        self, blocks: Sequence[Sequence[int]], begins: Sequence[int], ends: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks and offsets of the tokens begin..end-1 of each sequence."""
         size, device = self.cache.block_size, self.cache.data.device
         spans = [np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)]
         block = np.concatenate([np.asarray(b, np.int64)[s // size] for b, s in zip(blocks, spans, strict=True)])
         offset = np.concatenate(spans) % size
-        return self.cache.token_rows(torch.from_numpy(block).to(device), torch.from_numpy(offset).to(device))
+        return torch.from_numpy(block).to(device), torch.from_numpy(offset).to(device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, query heads, d], k and v [T, kv heads, d] to [T, query heads, d]."""

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from asystem.config import GenerationConfig
 from asystem.errors import CapacityError
+from asystem.generation.routing import routing_bytes
 from asystem.generation.rows import Rows
 from asystem.generation.runner import DRAWN_LOGITS
 from asystem.generation.sampler import sample, uniform
@@ -35,7 +36,8 @@ class MemoryPlan:
     """Bytes on the device, all at once.
 
     Attributes:
-        weights, kv: held throughout. workspace: the running batch, and the most that a prefill and a step hold.
+        weights, kv: held throughout; kv with the routing, where that is returned.
+        workspace: the running batch, and the most that a prefill and a step hold.
         num_blocks: KV blocks of the pool.
     """
 
@@ -78,7 +80,8 @@ def plan_memory(
             f"generation.kv_tokens={given} holds {num_blocks} blocks of {size} tokens, but one sequence of "
             f"{max_length} tokens needs {needed}: set it to at least {needed * size}"
         )
-    block = 2 * spec.num_layers * spec.kv_size * size * dtype.itemsize
+    token = 2 * spec.num_layers * spec.kv_size * dtype.itemsize
+    block = size * (token + (routing_bytes(spec) if config.return_routing else 0))
     weights = spec.num_parameters * dtype.itemsize if weights is None else weights
     workspace = _workspace(spec, config, max_length, dtype, device)
     if capacity is not None and num_blocks * block > capacity - weights - workspace:

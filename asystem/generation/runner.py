@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from asystem.generation.kv_cache import DecodeAttention, KVCache, PrefillAttention
+from asystem.generation.routing import RoutingCache
 from asystem.generation.rows import Rows
 from asystem.generation.sampler import sample, uniform
 from asystem.generation.scheduler import Prefill
@@ -65,9 +67,17 @@ class EagerRunner:
     run_ahead = 1
 
     def __init__(
-        self, model: Decoder, cache: KVCache, rows: Rows, stop_ids: Collection[int], *, exact_head: bool = False
+        self,
+        model: Decoder,
+        cache: KVCache,
+        rows: Rows,
+        stop_ids: Collection[int],
+        *,
+        exact_head: bool = False,
+        routing: RoutingCache | None = None,
     ) -> None:
         self.model, self.cache, self.rows, self._exact_head = model, cache, rows, exact_head
+        self._routing = routing
         self._stops = torch.zeros(rows.vocab_size, dtype=torch.bool, device=rows.device)
         self._stops[list(stop_ids)] = True
 
@@ -78,13 +88,17 @@ class EagerRunner:
         spans = [np.arange(p.context, p.context + n) for p, n in zip(prefills, lengths, strict=True)]
         positions = torch.from_numpy(np.concatenate(spans)).to(device)
         attend = PrefillAttention(self.cache, [p.blocks for p in prefills], [p.context for p in prefills], lengths)
-        hidden = self.model(tokens, positions, attend)
+        with self._kept(*attend.places):
+            hidden = self.model(tokens, positions, attend)
         # Each sequence of a prefill draws from the logits of the one last token.
         last = np.repeat(np.cumsum(lengths) - 1, [len(p.sequences) for p in prefills])
         hidden = hidden[torch.from_numpy(last).to(device)]
         sources = [source for p in prefills for source, _ in p.copies]
         if sources:
-            self.cache.copy_blocks(sources, [destination for p in prefills for _, destination in p.copies])
+            destinations = [destination for p in prefills for _, destination in p.copies]
+            self.cache.copy_blocks(sources, destinations)
+            if self._routing is not None:
+                self._routing.copy_blocks(sources, destinations)
         self._draw(context.num_rows - len(last), hidden, context)
 
     def decode(self, steps: int, context: StepContext) -> None:
@@ -92,8 +106,12 @@ class EagerRunner:
         rows, used = self.rows, slice(0, context.num_rows)
         num_blocks = -(-context.longest // self.cache.block_size)
         attend = DecodeAttention(self.cache, rows.table[used, :num_blocks], rows.position[used])
-        hidden = self.model(rows.last_token[used], rows.position[used], attend)
+        with self._kept(*attend.places):
+            hidden = self.model(rows.last_token[used], rows.position[used], attend)
         self._draw(0, hidden, context)
+
+    def _kept(self, blocks: Tensor, offsets: Tensor) -> AbstractContextManager[None]:
+        return nullcontext() if self._routing is None else self._routing.keep(blocks, offsets)
 
     def _draw(self, first: int, hidden: Tensor, context: StepContext) -> None:
         """Draws a token for each row from `first` on, some rows at a time: sampling holds 30 bytes a logit."""

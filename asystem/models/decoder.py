@@ -7,7 +7,7 @@ folders.
 
     tokens [T] -> embed -> block * L -> norm -> hidden [T, D] -> logits [N, V], for those rows that need them
                             |
-                            x + o_proj(attend(layer, q, k, v)),  then  x + mlp(norm(x))
+                            x + o_proj(attend(layer, q, k, v)),  then  x + mlp(norm(x)), the mlp maybe of experts
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asystem.models.moe import MoE
 from asystem.models.spec import ModelSpec, RopeScaling
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
         self.qkv_proj = nn.Linear(spec.hidden_size, spec.q_size + 2 * spec.kv_size, bias=spec.qkv_bias)
         self.o_proj = nn.Linear(spec.q_size, spec.hidden_size, bias=False)
-        self.q_norm = RMSNorm(spec.head_dim, spec.rms_eps) if spec.qk_norm else None
-        self.k_norm = RMSNorm(spec.head_dim, spec.rms_eps) if spec.qk_norm else None
+        q_norm, k_norm = spec.qk_norm_sizes
+        self.q_norm = RMSNorm(q_norm, spec.rms_eps) if spec.qk_norm else None
+        self.k_norm = RMSNorm(k_norm, spec.rms_eps) if spec.qk_norm else None
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, D] -> q [T, Hq, d], k [T, Hk, d], v [T, Hk, d], normed and rotated."""
@@ -64,17 +66,23 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).view(x.shape[0], heads + 2 * kv_heads, self.head_dim)
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def _normed(x: Tensor, norm: RMSNorm) -> Tensor:
+    """x [T, H, d], over each head or over all of them together, as the norm's weight is long."""
+    out: Tensor = norm(x.reshape(len(x), -1, len(norm.weight)))
+    return out.view(x.shape)
 
 
 class MLP(nn.Module):
     """down(silu(gate(x)) * up(x)), gate and up in one matrix."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(spec.hidden_size, 2 * spec.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, D] -> [T, D]."""
@@ -84,7 +92,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each on a normed copy of the residual stream.
+    """One layer: attention and MLP, or a mixture of experts, each on a normed copy of the residual stream.
 
     `project` and `finish` are the layer without attention: `compile_parts` compiles them, and leaves the attention
     between them, which reads the layer's number and lengths that change, out of the graphs.
@@ -100,7 +108,7 @@ class Block(nn.Module):
         self.attn_norm = RMSNorm(spec.hidden_size, spec.rms_eps)
         self.attn = Attention(spec)
         self.mlp_norm = RMSNorm(spec.hidden_size, spec.rms_eps)
-        self.mlp = MLP(spec)
+        self.mlp = _mlp(spec, index)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All that comes before attention: x [T, D] -> q, k, v."""
@@ -130,8 +138,15 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
+def _mlp(spec: ModelSpec, layer: int) -> MLP | MoE:
+    size, moe = spec.hidden_size, spec.moe
+    if moe is None or not moe.has_experts(layer):
+        return MLP(size, spec.intermediate_size)
+    return MoE(size, moe, MLP(size, moe.shared_size) if moe.shared_size else None)
+
+
 class Decoder(nn.Module):
-    """A dense Llama 3, Qwen2.5 or Qwen3 decoder.
+    """A decoder of one of the families in `spec.ARCHITECTURES`.
 
     It may be built under ``torch.device("meta")``, then `to_empty` and `init_weights` or loading: rotary frequencies
     are no buffer but computed at first use. Under FSDP2 with mixed precision, set ``cast_forward_inputs=False`` on the
@@ -166,7 +181,7 @@ class Decoder(nn.Module):
         return self.embed.weight if self.head is None else self.head.weight
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [T] -> cos, sin, both [T, 1, d / 2] float32."""
+        """positions [T] -> cos, sin, both [T, 1, r / 2] float32 for the r numbers of a head that are rotated."""
         if self._inv_freq is None or self._inv_freq.device != positions.device:
             self._inv_freq = inverse_frequencies(self.spec).to(positions.device)
         angles = (positions[:, None].float() * self._inv_freq)[:, None, :]
@@ -174,14 +189,19 @@ class Decoder(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in float32, halves paired as Hugging Face does: x [T, H, d] -> the same shape and dtype."""
-    left, right = x.float().chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
+    """Rotary embedding in float32 of each head's first numbers, as many as cos and sin are for.
+
+    Their halves are paired as Hugging Face does: x [T, H, d] -> the same shape and dtype.
+    """
+    rest = x[..., 2 * cos.shape[-1] :]
+    left, right = x[..., : 2 * cos.shape[-1]].float().chunk(2, dim=-1)
+    rotated = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
+    return torch.cat([rotated, rest], dim=-1) if rest.shape[-1] else rotated
 
 
 def inverse_frequencies(spec: ModelSpec) -> Tensor:
-    """Rotary frequencies in radians per token, [d / 2] float32 on the CPU."""
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32, device="cpu") / spec.head_dim
+    """Rotary frequencies in radians per token, [rotary_dim / 2] float32 on the CPU."""
+    exponents = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32, device="cpu") / spec.rotary_dim
     inv_freq = 1.0 / spec.rope_theta**exponents
     return inv_freq if spec.rope_scaling is None else _stretch(inv_freq, spec.rope_scaling)
 

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from asystem.data.tokenizer import Tokenizer
 from asystem.errors import ModelError
 from asystem.models.decoder import Decoder
+from asystem.models.moe_spec import MoESpec
 from asystem.models.parallel import Shard
 from asystem.models.quantized import quantize
 from asystem.models.spec import ModelSpec, read_spec, spec_to_hf
-from asystem.models.weights import write_rows
+from asystem.models.weights import matrix_of, write_rows
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,54 +40,94 @@ _REMEDY = "fetch or export the folder again"
 
 @dataclass(frozen=True)
 class Place:
-    """A Hugging Face tensor of ``shape`` is the rows from ``start`` on of the decoder's tensor ``name``."""
+    """A Hugging Face tensor of ``shape`` is the rows from ``start`` on of the decoder's tensor ``name``, or of the
+    matrix of one ``expert`` in it."""
 
     name: str
     start: int
     shape: tuple[int, ...]
+    expert: int | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """The rows themselves, as a view."""
-        return tensor.narrow(0, self.start, self.shape[0])
+        return matrix_of(tensor, self.expert).narrow(0, self.start, self.shape[0])
 
 
 def layout(spec: ModelSpec) -> dict[str, Place]:
     """Hugging Face name -> its place in the decoder's parameters, for every tensor that a folder must hold."""
     table = {
-        "model.embed_tokens.weight": Place("embed.weight", 0, (spec.vocab_size, spec.hidden_size)),
+        embedding_name(spec): Place("embed.weight", 0, (spec.vocab_size, spec.hidden_size)),
         "model.norm.weight": Place("norm.weight", 0, (spec.hidden_size,)),
     }
     if not spec.tie_embeddings:
         table[TIED_HEAD] = Place("head.weight", 0, (spec.vocab_size, spec.hidden_size))
     for layer in range(spec.num_layers):
-        for theirs, place in _layer_layout(spec):
+        for theirs, place in _layer_layout(spec, layer):
             table[f"model.layers.{layer}.{theirs}"] = replace(place, name=f"layers.{layer}.{place.name}")
     return table
 
 
-def _layer_layout(spec: ModelSpec) -> Iterator[tuple[str, Place]]:
-    hidden, inner, q, kv = spec.hidden_size, spec.intermediate_size, spec.q_size, spec.kv_size
-    yield "input_layernorm.weight", Place("attn_norm.weight", 0, (hidden,))
-    yield "post_attention_layernorm.weight", Place("mlp_norm.weight", 0, (hidden,))
+def embedding_name(spec: ModelSpec) -> str:
+    return "model.word_embeddings.weight" if spec.family == "bailing_moe_v2" else "model.embed_tokens.weight"
+
+
+def _layer_layout(spec: ModelSpec, layer: int) -> Iterator[tuple[str, Place]]:
+    yield "input_layernorm.weight", Place("attn_norm.weight", 0, (spec.hidden_size,))
+    yield "post_attention_layernorm.weight", Place("mlp_norm.weight", 0, (spec.hidden_size,))
+    yield from _ling_attention(spec) if spec.family == "bailing_moe_v2" else _attention(spec)
+    if spec.moe is not None and spec.moe.has_experts(layer):
+        yield from _moe(spec.hidden_size, spec.moe)
+    else:
+        yield from _mlp("mlp.", "mlp.", spec.intermediate_size, spec.hidden_size)
+
+
+def _attention(spec: ModelSpec) -> Iterator[tuple[str, Place]]:
+    hidden, q, kv = spec.hidden_size, spec.q_size, spec.kv_size
     for name, start, rows in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
         yield f"self_attn.{name}_proj.weight", Place("attn.qkv_proj.weight", start, (rows, hidden))
         if spec.qkv_bias:
             yield f"self_attn.{name}_proj.bias", Place("attn.qkv_proj.bias", start, (rows,))
     yield "self_attn.o_proj.weight", Place("attn.o_proj.weight", 0, (hidden, q))
     if spec.qk_norm:
-        yield "self_attn.q_norm.weight", Place("attn.q_norm.weight", 0, (spec.head_dim,))
-        yield "self_attn.k_norm.weight", Place("attn.k_norm.weight", 0, (spec.head_dim,))
-    yield "mlp.gate_proj.weight", Place("mlp.gate_up_proj.weight", 0, (inner, hidden))
-    yield "mlp.up_proj.weight", Place("mlp.gate_up_proj.weight", inner, (inner, hidden))
-    yield "mlp.down_proj.weight", Place("mlp.down_proj.weight", 0, (hidden, inner))
+        for name, size in zip("qk", spec.qk_norm_sizes, strict=True):
+            yield f"self_attn.{name}_norm.weight", Place(f"attn.{name}_norm.weight", 0, (size,))
+
+
+def _ling_attention(spec: ModelSpec) -> Iterator[tuple[str, Place]]:
+    hidden, q, kv = spec.hidden_size, spec.q_size, spec.kv_size
+    yield "attention.query_key_value.weight", Place("attn.qkv_proj.weight", 0, (q + 2 * kv, hidden))
+    yield "attention.dense.weight", Place("attn.o_proj.weight", 0, (hidden, q))
+    if spec.qk_norm:
+        yield "attention.query_layernorm.weight", Place("attn.q_norm.weight", 0, (spec.head_dim,))
+        yield "attention.key_layernorm.weight", Place("attn.k_norm.weight", 0, (spec.head_dim,))
+
+
+def _moe(hidden: int, moe: MoESpec) -> Iterator[tuple[str, Place]]:
+    yield "mlp.gate.weight", Place("mlp.router.weight", 0, (moe.num_experts, hidden))
+    if moe.has_bias:
+        yield "mlp.gate.expert_bias", Place("mlp.router.bias", 0, (moe.num_experts,))
+    inner = moe.intermediate_size
+    for expert in range(moe.num_experts):
+        theirs = f"mlp.experts.{expert}"
+        yield f"{theirs}.gate_proj.weight", Place("mlp.experts.gate_up", 0, (inner, hidden), expert)
+        yield f"{theirs}.up_proj.weight", Place("mlp.experts.gate_up", inner, (inner, hidden), expert)
+        yield f"{theirs}.down_proj.weight", Place("mlp.experts.down", 0, (hidden, inner), expert)
+    if moe.shared_size:
+        yield from _mlp("mlp.shared_experts.", "mlp.shared.", moe.shared_size, hidden)
+
+
+def _mlp(theirs: str, ours: str, inner: int, hidden: int) -> Iterator[tuple[str, Place]]:
+    yield f"{theirs}gate_proj.weight", Place(f"{ours}gate_up_proj.weight", 0, (inner, hidden))
+    yield f"{theirs}up_proj.weight", Place(f"{ours}gate_up_proj.weight", inner, (inner, hidden))
+    yield f"{theirs}down_proj.weight", Place(f"{ours}down_proj.weight", 0, (hidden, inner))
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """The decoder's own parameter names and shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for place in layout(spec).values():
-        rows = max(shapes.get(place.name, (0,))[0], place.start + place.shape[0])
-        shapes[place.name] = (rows, *place.shape[1:])
+    for place in layout(spec).values():  # the last rows of the last expert come last
+        shape = (place.start + place.shape[0], *place.shape[1:])
+        shapes[place.name] = shape if place.expert is None else (place.expert + 1, *shape)
     return shapes
 
 
@@ -110,12 +151,15 @@ def from_hf_state(spec: ModelSpec, state: Mapping[str, Tensor]) -> dict[str, Ten
     state = {name: tensor for name, tensor in state.items() if not _ignorable(name)}
     if spec.tie_embeddings and TIED_HEAD in state:
         state = dict(state)
-        _check_tied(state.pop(TIED_HEAD), state.get("model.embed_tokens.weight"), "state")
+        _check_tied(state.pop(TIED_HEAD), state.get(embedding_name(spec)), "state")
     _check_shapes("state", {name: tuple(t.shape) for name, t in state.items()}, _their_shapes(table))
-    parts: dict[str, list[Tensor]] = {}
-    for theirs, place in table.items():  # the table names the rows of a fused tensor in their order
-        parts.setdefault(place.name, []).append(state[theirs])
-    return {name: pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces) for name, pieces in parts.items()}
+    shapes = parameter_shapes(spec)
+    ours: dict[str, Tensor] = {}
+    for theirs, place in table.items():
+        if place.name not in ours:
+            ours[place.name] = state[theirs].new_empty(shapes[place.name])
+        place.of(ours[place.name]).copy_(state[theirs])
+    return ours
 
 
 def load_model(
@@ -149,7 +193,7 @@ def load_model(
         with _opened(file) as shard:
             for name in shard.keys() & table.keys():
                 place = table[name]
-                write_rows(model, place.name, place.start, _read(shard, name, place.shape, part))
+                write_rows(model, place.name, place.start, _read(shard, name, place.shape, part), place.expert)
     if spec.tie_embeddings and TIED_HEAD in found:
         with _opened(found[TIED_HEAD]) as shard:
             embedding = model.embed.weight.detach().cpu()
@@ -313,7 +357,7 @@ def _check_header(file: Path, names: list[str] | None, spec: ModelSpec, table: d
         for name in present:
             place = table.get(name)
             if name == TIED_HEAD and spec.tie_embeddings:
-                place = table["model.embed_tokens.weight"]
+                place = table[embedding_name(spec)]
             if place is None:
                 continue  # named with all the others, once every file has been seen
             slice_ = shard.get_slice(name)

@@ -223,7 +223,7 @@ def _matrices(spec: ModelSpec, targets: Sequence[str]) -> dict[str, list[Part]]:
     """The decoder's matrices inside its layers, each with Hugging Face's parts of it in the order of their rows."""
     found: dict[str, list[Part]] = {}
     for theirs, place in layout(spec).items():
-        if not theirs.startswith("model.layers.") or len(place.shape) != 2:
+        if not place.name.endswith("_proj.weight"):  # not a linear layer
             continue
         name = theirs.removesuffix(".weight")
         part = Part(name, place.shape[0], name.rpartition(".")[2] in targets)

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from asystem.errors import ConfigError, ModelError
-from asystem.models.decoder import MLP, Block, Decoder
+from asystem.errors import ConfigError
+from asystem.models.decoder import Block, Decoder
 from asystem.models.pieces import Box, Piece
 from asystem.models.spec import ModelSpec
 
@@ -53,14 +53,11 @@ class Shard:
 
         Raises:
             ConfigError: as `spec`.
-            ModelError: the layers are not dense.
         """
         model = Decoder(self.spec(whole))
         model.shard = self
         for block in model.layers:
             assert isinstance(block, Block), "a decoder's layers are blocks"
-            if type(block.mlp) is not MLP:
-                raise ModelError(f"a {whole.family} model cannot be cut over ranks: use generation.tensor_parallel=1")
             block.reduce = self._sum
         return model
 
@@ -109,8 +106,12 @@ def check_parallel(spec: ModelSpec, size: int) -> None:
     """Refuses numbers of ranks that a model cannot be cut over.
 
     Raises:
-        ConfigError: KV heads or the MLP's width do not divide.
+        ConfigError: KV heads or the MLP's width do not divide, or there are experts.
     """
+    if size > 1 and spec.moe is not None:
+        raise ConfigError(
+            f"generation.tensor_parallel={size}: models with experts ({spec.family}) cannot be cut over ranks; use 1"
+        )
     for what, count in (("KV heads", spec.num_kv_heads), ("intermediate_size", spec.intermediate_size)):
         if count % size:
             fitting = [n for n in range(1, size) if not spec.num_kv_heads % n and not spec.intermediate_size % n]

@@ -9,11 +9,21 @@ from typing import Any
 
 from asystem.config import ModelConfig
 from asystem.errors import ModelError, nearest
+from asystem.models.moe_spec import FAMILIES, MoESpec, moe_from_config, moe_from_hf, moe_to_hf
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "bailing_moe_v2": "BailingMoeV2ForCausalLM",
+}
 
 # What transformers assumes when a config.json leaves the key out, by family.
-_DEFAULT_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
+_DEFAULT_POSITIONS = {"llama": 2048, "olmoe": 4096, "bailing_moe_v2": 16384}  # Qwen: 32768
+_HAS_QK_NORM = ("qwen3", "qwen3_moe", "olmoe", "bailing_moe_v2")
+_LING_ROTARY = 0.5  # share of each head that Ling 2.0 rotates
 _DTYPES = {"float32", "bfloat16", "float16"}
 
 
@@ -36,7 +46,7 @@ class RopeScaling:
 class ModelSpec:
     """Everything that decides the shapes and the arithmetic of a `models.decoder.Decoder`."""
 
-    family: str  # llama | qwen2 | qwen3
+    family: str  # a key of ARCHITECTURES
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -46,12 +56,15 @@ class ModelSpec:
     head_dim: int
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    rotary_factor: float = 1.0  # share of each head that is rotated: its first numbers (Ling 2.0)
     rms_eps: float = 1e-6
-    qk_norm: bool = False  # RMSNorm over each head of q and k, before rotary (Qwen3)
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before rotary (Qwen3, Ling 2.0)
+    qk_norm_whole: bool = False  # such a norm is over all heads together (OLMoE)
     qkv_bias: bool = False  # Qwen2
     tie_embeddings: bool = False
     max_positions: int = 4096
     dtype: str = "float32"  # what the folder's weights are stored in: a hint for loading, not a constraint
+    moe: MoESpec | None = None  # `intermediate_size` is then that of the layers without experts
 
     def __post_init__(self) -> None:
         if self.family not in ARCHITECTURES:
@@ -65,8 +78,17 @@ class ModelSpec:
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key-value heads; "
                 "num_heads must be a multiple of num_kv_heads"
             )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ModelError(f"head_dim is {self.head_dim}; rotary embedding needs an even number")
+        if self.head_dim < 2 or self.head_dim % 2 or self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ModelError(
+                f"head_dim is {self.head_dim}, of which {self.rotary_dim} are rotated; rotary embedding needs even "
+                "numbers"
+            )
+        if self.qk_norm_whole and self.q_size != self.hidden_size:
+            raise ModelError(f"{self.num_heads} heads of {self.head_dim} must fill hidden_size={self.hidden_size} here")
+        if (self.moe is not None) != (self.family in FAMILIES):
+            raise ModelError(f"{self.family} is {'not ' * (self.moe is not None)}a family with a mixture of experts")
+        if self.moe is not None:
+            self.moe.check(self.family, self.num_layers)
 
     @property
     def q_size(self) -> int:
@@ -79,13 +101,42 @@ class ModelSpec:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def rotary_dim(self) -> int:
+        """Numbers of each head that are rotated."""
+        return int(self.head_dim * self.rotary_factor)
+
+    @property
+    def qk_norm_sizes(self) -> tuple[int, int]:
+        """Numbers that one norm of q takes together, and one of k."""
+        return (self.q_size, self.kv_size) if self.qk_norm_whole else (self.head_dim, self.head_dim)
+
+    @property
+    def expert_layers(self) -> list[int]:
+        """The layers that have experts."""
+        return [] if self.moe is None else [layer for layer in range(self.num_layers) if self.moe.has_experts(layer)]
+
+    @property
     def num_parameters(self) -> int:
         """Parameters, a tied head counted once."""
-        d = self.hidden_size
-        attention = d * (self.q_size + 2 * self.kv_size) + self.q_size * d
-        attention += (self.q_size + 2 * self.kv_size) * self.qkv_bias + 2 * self.head_dim * self.qk_norm
-        layer = attention + 3 * d * self.intermediate_size + 2 * d
-        return self.num_layers * layer + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        d, experts = self.hidden_size, len(self.expert_layers)
+        norms = sum(self.qk_norm_sizes) * self.qk_norm + 2 * d
+        biases = (self.q_size + 2 * self.kv_size) * self.qkv_bias
+        layers = self.num_layers * (self._attention_weights + norms + biases)
+        layers += (self.num_layers - experts) * 3 * d * self.intermediate_size
+        layers += experts * self.moe.weights(d) if self.moe is not None else 0
+        return layers + d + self.vocab_size * d * (1 if self.tie_embeddings else 2)
+
+    @property
+    def active_matrix_weights(self) -> int:
+        """Numbers of the layers' matrices that one token is multiplied with."""
+        d, experts = self.hidden_size, len(self.expert_layers)
+        mlps = (self.num_layers - experts) * 3 * d * self.intermediate_size
+        mlps += experts * self.moe.active_weights(d) if self.moe is not None else 0
+        return self.num_layers * self._attention_weights + mlps
+
+    @property
+    def _attention_weights(self) -> int:
+        return 2 * self.hidden_size * (self.q_size + self.kv_size)
 
 
 def spec_from_config(config: ModelConfig) -> ModelSpec:
@@ -106,10 +157,13 @@ def spec_from_config(config: ModelConfig) -> ModelSpec:
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         rope_theta=config.rope_theta,
-        qk_norm=config.family == "qwen3",
+        rotary_factor=_LING_ROTARY if config.family == "bailing_moe_v2" else 1.0,
+        qk_norm=config.family in _HAS_QK_NORM,
+        qk_norm_whole=config.family == "olmoe",
         qkv_bias=config.family == "qwen2",
         tie_embeddings=config.tie_embeddings,
         max_positions=config.max_positions,
+        moe=moe_from_config(config),
     )
 
 
@@ -140,13 +194,14 @@ def spec_from_hf(config: dict[str, Any]) -> ModelSpec:
     Raises:
         ModelError: an unsupported family or feature, named together with what is supported, or a missing key.
     """
-    family = str(config.get("model_type"))
+    family = _family(config)
     if family not in ARCHITECTURES:
         raise ModelError(f'model_type "{family}" is not supported; supported are {", ".join(ARCHITECTURES)}')
     _refuse_unsupported(family, config)
-    theta, scaling = _rope_from_hf(config)
+    theta, scaling, rotary = _rope_from_hf(config)
     heads, hidden = int(_need(config, "num_attention_heads")), int(_need(config, "hidden_size"))
     default_head_dim = 128 if family == "qwen3" else hidden // heads
+    eps = 1e-5 if family == "olmoe" else 1e-6
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
     return ModelSpec(
         family=family,
@@ -159,12 +214,15 @@ def spec_from_hf(config: dict[str, Any]) -> ModelSpec:
         head_dim=int(config.get("head_dim") or default_head_dim),
         rope_theta=theta,
         rope_scaling=scaling,
-        rms_eps=float(config.get("rms_norm_eps", 1e-6)),
-        qk_norm=family == "qwen3",
+        rotary_factor=rotary,
+        rms_eps=float(config.get("rms_norm_eps", eps)),
+        qk_norm=family in _HAS_QK_NORM and bool(config.get("use_qk_norm", True)),
+        qk_norm_whole=family == "olmoe",
         qkv_bias=family == "qwen2",
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_positions=int(config.get("max_position_embeddings", _DEFAULT_POSITIONS[family])),
+        max_positions=int(config.get("max_position_embeddings", _DEFAULT_POSITIONS.get(family, 32768))),
         dtype=dtype if dtype in _DTYPES else "float32",
+        moe=moe_from_hf(family, config),
     )
 
 
@@ -199,11 +257,21 @@ def spec_to_hf(spec: ModelSpec) -> dict[str, Any]:
         "dtype": spec.dtype,
         "torch_dtype": spec.dtype,
     }
-    if spec.family != "qwen2":
+    if spec.family == "bailing_moe_v2":
+        config |= {"use_qkv_bias": False, "use_bias": False, "use_qk_norm": spec.qk_norm, "num_nextn_predict_layers": 0}
+        config["partial_rotary_factor"] = spec.rotary_factor
+    elif spec.family != "qwen2":
         config["attention_bias"] = False
-    if spec.family != "llama":
+    if spec.family.startswith("qwen"):
         config["use_sliding_window"] = False
-    return config
+    return config if spec.moe is None else config | moe_to_hf(spec.family, spec.moe)
+
+
+def _family(config: dict[str, Any]) -> str:
+    """The model_type; some Ling 2.0 folders carry that of Ling 1 beside the right architecture."""
+    family = str(config.get("model_type"))
+    is_ling = family == "bailing_moe" and ARCHITECTURES["bailing_moe_v2"] in (config.get("architectures") or ())
+    return "bailing_moe_v2" if is_ling else family
 
 
 def _need(config: dict[str, Any], key: str) -> Any:
@@ -218,6 +286,10 @@ def _refuse_unsupported(family: str, config: dict[str, Any]) -> None:
         raise ModelError(f'hidden_act "{config["hidden_act"]}" is not supported; only "silu" is')
     if family != "qwen2" and config.get("attention_bias"):
         raise ModelError(f"attention_bias is not supported for {family}; only qwen2 has biases (on q, k and v)")
+    if config.get("use_qkv_bias") or config.get("use_bias"):
+        raise ModelError("use_qkv_bias and use_bias are not supported; only bailing_moe_v2 without biases is")
+    if config.get("clip_qkv") is not None:
+        raise ModelError(f"clip_qkv={config['clip_qkv']} is not supported; only null is")
     if config.get("mlp_bias"):
         raise ModelError("mlp_bias is not supported; only MLPs without bias are")
     if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
@@ -226,20 +298,22 @@ def _refuse_unsupported(family: str, config: dict[str, Any]) -> None:
         raise ModelError("quantized weights are not supported; only float32, bfloat16 and float16 are")
 
 
-def _rope_from_hf(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from either spelling; rope_parameters wins, as in transformers 5."""
+def _rope_from_hf(config: dict[str, Any]) -> tuple[float, RopeScaling | None, float]:
+    """(theta, scaling, rotated share) from either spelling; rope_parameters wins, as in transformers 5."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta", config.get("rope_theta", 10_000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))) != 1.0:
-        raise ModelError("partial rotary embedding is not supported; only partial_rotary_factor 1.0 is")
+    share = float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)))
+    if share != 1.0 and _family(config) != "bailing_moe_v2":
+        raise ModelError(f"partial_rotary_factor={share:g} is supported for bailing_moe_v2 alone")
     if kind == "default":
-        return theta, None
+        return theta, None, share
     if kind != "llama3":
         raise ModelError(f'rope type "{kind}" is not supported; supported are default, llama3')
-    return theta, RopeScaling(
+    scaling = RopeScaling(
         factor=float(_need(rope, "factor")),
         low_freq_factor=float(_need(rope, "low_freq_factor")),
         high_freq_factor=float(_need(rope, "high_freq_factor")),
         original_max_positions=int(_need(rope, "original_max_position_embeddings")),
     )
+    return theta, scaling, share

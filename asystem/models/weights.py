@@ -44,12 +44,17 @@ def writing(model: Decoder, name: str, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def write_rows(model: Decoder, name: str, start: int, rows: Tensor) -> None:
-    """Writes rows of a parameter from `start` on, in place."""
+def write_rows(model: Decoder, name: str, start: int, rows: Tensor, expert: int | None = None) -> None:
+    """Writes rows of a parameter, or of one expert's matrix in it, from `start` on, in place."""
     linear = _quantized(model, name)
     if linear is not None:
         return linear.write(start, rows)
-    model.get_parameter(name).narrow(0, start, len(rows)).copy_(rows)
+    matrix_of(model.get_parameter(name), expert).narrow(0, start, len(rows)).copy_(rows)
+
+
+def matrix_of(tensor: Tensor, expert: int | None) -> Tensor:
+    """The matrix of one expert in a stack of them [E, M, K]; without an expert, the tensor itself."""
+    return tensor if expert is None else tensor[expert]
 
 
 def _quantized(model: Decoder, name: str) -> QuantizedLinear | None:

@@ -3,6 +3,7 @@
     a matrix of n weights     2 n a token forward, 2 n for the gradient of its input, 2 n for its own where it trains
     attention                 4 · heads · head_dim a pair of query and key forward, twice that backward;
                               a sequence of S tokens has S (S + 1) / 2 pairs
+    experts                   those that a token chooses, and the router
     the head                  as a matrix, for the tokens that need logits
 
 What is computed again (recompute, attention's own backward, the head's chunks) is not counted, nor are adapters, norms
@@ -18,18 +19,17 @@ from asystem.models import ModelSpec
 
 
 def train_flops(spec: ModelSpec, micro: Sequence[PackedBatch], *, frozen: bool = False) -> float:
-    """Of the forward and backward pass over dense micro-batches.
+    """Of the forward and backward pass over packed micro-batches.
 
     Args:
         frozen: matrices have no gradient of their own, as beside LoRA's adapters.
     """
     per_weight = 4 if frozen else 6
-    block = spec.hidden_size * (2 * spec.q_size + 2 * spec.kv_size + 3 * spec.intermediate_size)
     total = 0.0
     for packed in micro:
         lengths = packed.cu_seqlens.diff().double()
         pairs = float((lengths * (lengths + 1) / 2).sum())
-        total += per_weight * spec.num_layers * block * len(packed.tokens)
+        total += per_weight * spec.active_matrix_weights * len(packed.tokens)
         total += per_weight * spec.hidden_size * spec.vocab_size * len(packed.label_rows)
         total += 12 * spec.num_layers * spec.q_size * pairs
     return total

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from asystem.config import CheckpointConfig, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack
 from asystem.errors import TrainingError
-from asystem.models import Decoder, ModelSpec, init_weights
+from asystem.models import Decoder, ModelSpec, MoESpec, init_weights
 from asystem.state import Inbox, Outbox
 from asystem.stats import Stats, merge
 from asystem.training import Saver, TrainEngine, supervised_loss
@@ -28,19 +28,28 @@ WORLD, VOCAB, STEPS = 2, 23, 4
 
 # Which of the five samples each rank has: about half, one micro-batch against several, all and none.
 SHARES = {"even": [[0, 2, 4], [1, 3]], "uneven": [[0, 1, 2, 3], [4]], "empty": [[0, 1, 2, 3, 4], []]}
-SCENARIOS = [("even", True), ("uneven", False), ("empty", True)]  # share, tied head
+SHARES["experts"] = SHARES["uneven"]
+SCENARIOS = [("even", "tied"), ("uneven", "untied"), ("empty", "tied"), ("experts", "experts")]  # share, model
 ALL = [0, 1, 2, 3, 4]
 
 
-def _model(tied: bool) -> Decoder:
-    model = Decoder(ModelSpec("qwen3", VOCAB, 16, 24, 2, 4, 2, 4, qk_norm=True, qkv_bias=True, tie_embeddings=tied))
+MOE = MoESpec(6, 2, 8, 8, (0,), score="sigmoid", groups=3, top_groups=2, has_bias=True)
+SPECS = {
+    "tied": ModelSpec("qwen3", VOCAB, 16, 24, 2, 4, 2, 4, qk_norm=True, qkv_bias=True, tie_embeddings=True),
+    "untied": ModelSpec("qwen3", VOCAB, 16, 24, 2, 4, 2, 4, qk_norm=True, qkv_bias=True),
+    "experts": ModelSpec("bailing_moe_v2", VOCAB, 16, 24, 2, 4, 2, 4, rotary_factor=0.5, qk_norm=True, moe=MOE),
+}
+
+
+def _model(kind: str) -> Decoder:
+    model = Decoder(SPECS[kind])
     init_weights(model, 0, std=0.2)
     return model
 
 
-def _engine(tied: bool, world_size: int, **changes: Any) -> TrainEngine:
+def _engine(kind: str, world_size: int, **changes: Any) -> TrainEngine:
     cfg = TrainingConfig(**({"lr": 1e-2, "eps": 1e-3, "clip_norm": 0.5, "max_bad_steps": 3} | changes))
-    return TrainEngine(_model(tied), cfg, device="cpu", world_size=world_size, total_steps=10)
+    return TrainEngine(_model(kind), cfg, device="cpu", world_size=world_size, total_steps=10)
 
 
 def _samples() -> list[Sample]:
@@ -65,16 +74,16 @@ def _train(engine: TrainEngine, rows: list[int]) -> tuple[list[Stats], list[Tens
     return stats, logprobs
 
 
-def _scenario(rank: int, folder: Path, share: str, tied: bool) -> dict[str, Any]:
+def _scenario(rank: int, folder: Path, share: str, kind: str) -> dict[str, Any]:
     """Trains, saves, loads into a second engine, and trains that on."""
-    engine = _engine(tied, WORLD)
+    engine = _engine(kind, WORLD)
     assert all(isinstance(p, DTensor) for p in engine.model.parameters())
     engine.keep_reference()
     stats, logprobs = _train(engine, SHARES[share][rank])
     reference = engine.logprobs(_micro(SHARES[share][rank]), reference=True)
     payload = Outbox(engine.model).write()
     engine.save(folder / share)
-    resumed = _engine(tied, WORLD)
+    resumed = _engine(kind, WORLD)
     resumed.load(folder / share)
     resumed.step(_micro(SHARES[share][rank]), supervised_loss)
     after = Outbox(resumed.model).write()
@@ -82,7 +91,7 @@ def _scenario(rank: int, folder: Path, share: str, tied: bool) -> dict[str, Any]
 
 
 def _bad_gradient_on_rank_1(rank: int) -> dict[str, Any]:
-    engine = _engine(True, WORLD)
+    engine = _engine("tied", WORLD)
     first = Outbox(engine.model).write()
 
     def loss_fn(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
@@ -99,14 +108,14 @@ def _bad_gradient_on_rank_1(rank: int) -> dict[str, Any]:
 
 
 def _one_saved_and_two_load(rank: int, folder: Path) -> dict[str, Any]:
-    engine = _engine(True, WORLD)
+    engine = _engine("tied", WORLD)
     engine.load(folder / "alone")
     return {"payload": Outbox(engine.model).write(), "steps": engine.steps}
 
 
 def _saved_beside_training(rank: int, folder: Path) -> dict[str, Any]:
     """Collectives of training and of the writing threads run at the same time."""
-    engine = _engine(True, WORLD)
+    engine = _engine("tied", WORLD)
     saver = Saver(engine, CheckpointConfig(keep_last=2), lambda path: (path / "note").write_text("written once"))
     for step in range(1, 4):
         engine.step(_micro(SHARES["even"][rank]), supervised_loss)
@@ -122,7 +131,7 @@ def _rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-    results = {share: _scenario(rank, folder, share, tied) for share, tied in SCENARIOS}
+    results = {share: _scenario(rank, folder, share, kind) for share, kind in SCENARIOS}
     results["alone"] = _one_saved_and_two_load(rank, folder)
     results["beside"] = _saved_beside_training(rank, folder)
     results["bad"] = _bad_gradient_on_rank_1(rank)
@@ -134,7 +143,7 @@ def _rank(rank: int, folder: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both ranks left their results and checkpoints."""
     path = tmp_path_factory.mktemp("ranks")
-    alone = _engine(True, 1)
+    alone = _engine("tied", 1)
     alone.step(_micro(ALL), supervised_loss)
     alone.save(path / "alone")
     mp.spawn(_rank, (path,), nprocs=WORLD)  # type: ignore[no-untyped-call]
@@ -146,16 +155,16 @@ def _results(folder: Path, share: str) -> list[dict[str, Any]]:
 
 
 def _assert_weights(ranks: list[dict[str, Any]], key: str, engine: TrainEngine) -> None:
-    found = _model(engine.model.spec.tie_embeddings)
+    found = Decoder(engine.model.spec)
     Inbox(found).read([rank[key] for rank in ranks])
     for name, p in engine.model.named_parameters():
         torch.testing.assert_close(found.get_parameter(name), p, atol=1e-5, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize(("share", "tied"), SCENARIOS)
-def test_two_ranks_equal_one_process(folder: Path, share: str, tied: bool) -> None:
+@pytest.mark.parametrize(("share", "kind"), SCENARIOS)
+def test_two_ranks_equal_one_process(folder: Path, share: str, kind: str) -> None:
     ranks = _results(folder, share)
-    alone = _engine(tied, 1)
+    alone = _engine(kind, 1)
     expected, _ = _train(alone, ALL)
     for step, stats in enumerate(expected):
         found = merge(rank["stats"][step] for rank in ranks).to_dict()
@@ -164,17 +173,17 @@ def test_two_ranks_equal_one_process(folder: Path, share: str, tied: bool) -> No
     _assert_weights(ranks, "payload", alone)
 
 
-@pytest.mark.parametrize(("share", "tied"), SCENARIOS)
-def test_the_reference_of_two_ranks_stays_where_training_began(folder: Path, share: str, tied: bool) -> None:
-    alone = _engine(tied, 1)
+@pytest.mark.parametrize(("share", "kind"), SCENARIOS)
+def test_the_reference_of_two_ranks_stays_where_training_began(folder: Path, share: str, kind: str) -> None:
+    alone = _engine(kind, 1)
     for rank, rows in zip(_results(folder, share), SHARES[share], strict=True):
         for found, wanted in zip(rank["reference"], alone.logprobs(_micro(rows)), strict=True):
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("share", "tied"), SCENARIOS)
-def test_logprobs_of_two_ranks_equal_one_process(folder: Path, share: str, tied: bool) -> None:
-    alone = _engine(tied, 1)
+@pytest.mark.parametrize(("share", "kind"), SCENARIOS)
+def test_logprobs_of_two_ranks_equal_one_process(folder: Path, share: str, kind: str) -> None:
+    alone = _engine(kind, 1)
     for _ in range(STEPS):
         alone.step(_micro(ALL), supervised_loss)
     for rank, rows in zip(_results(folder, share), SHARES[share], strict=True):
@@ -182,9 +191,9 @@ def test_logprobs_of_two_ranks_equal_one_process(folder: Path, share: str, tied:
             torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("share", "tied"), SCENARIOS)
-def test_a_checkpoint_of_two_ranks_resumes_on_two_and_on_one(folder: Path, share: str, tied: bool) -> None:
-    alone = _engine(tied, 1)
+@pytest.mark.parametrize(("share", "kind"), SCENARIOS)
+def test_a_checkpoint_of_two_ranks_resumes_on_two_and_on_one(folder: Path, share: str, kind: str) -> None:
+    alone = _engine(kind, 1)
     alone.load(folder / share)
     saved = _results(folder, share)
     _assert_weights(saved, "payload", alone)
@@ -193,7 +202,7 @@ def test_a_checkpoint_of_two_ranks_resumes_on_two_and_on_one(folder: Path, share
 
 
 def test_a_checkpoint_of_one_process_resumes_on_two_ranks(folder: Path) -> None:
-    alone = _engine(True, 1)
+    alone = _engine("tied", 1)
     alone.step(_micro(ALL), supervised_loss)
     ranks = _results(folder, "alone")
     assert [rank["steps"] for rank in ranks] == [1, 1]
@@ -202,9 +211,9 @@ def test_a_checkpoint_of_one_process_resumes_on_two_ranks(folder: Path) -> None:
 
 def test_two_ranks_save_beside_training(folder: Path) -> None:
     assert sorted(path.name for path in (folder / "beside").iterdir()) == ["step-000002", "step-000003"]
-    alone = _engine(True, 1)
+    alone = _engine("tied", 1)
     alone.load(folder / "beside" / "step-000003")
-    expected = _engine(True, 1)
+    expected = _engine("tied", 1)
     for _ in range(3):
         expected.step(_micro(ALL), supervised_loss)
     assert alone.steps == 3

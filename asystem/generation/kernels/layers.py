@@ -117,7 +117,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 @triton.jit
 def _rotary_write_kernel(
     qkv, q_weight, k_weight, cos, sin, lengths, table, keys, values, table_stride, eps,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
@@ -133,33 +133,38 @@ def _rotary_write_kernel(
     half: tl.constexpr = HEAD // 2
     mask = (columns < half) & (heads < Q_HEADS + 2 * KV_HEADS)
     is_q, is_v = heads < Q_HEADS, heads >= Q_HEADS + KV_HEADS
-    source = qkv + (row * (Q_HEADS + 2 * KV_HEADS) + heads) * HEAD + columns
-    raw_left = tl.load(source, mask=mask, other=0.0)
-    raw_right = tl.load(source + half, mask=mask, other=0.0)
+    if half == PAIRS:
+        at_left, at_right = columns, columns + half
+    else:  # those that are rotated, i with i + PAIRS, then the rest
+        at_left = tl.where(columns < PAIRS, columns, columns + PAIRS)
+        at_right = tl.where(columns < PAIRS, columns + PAIRS, columns + half)
+    source = qkv + (row * (Q_HEADS + 2 * KV_HEADS) + heads) * HEAD
+    raw_left = tl.load(source + at_left, mask=mask, other=0.0)
+    raw_right = tl.load(source + at_right, mask=mask, other=0.0)
     left, right = raw_left.to(tl.float32), raw_right.to(tl.float32)
     if NORM:
         scale = 1.0 / tl.sqrt(tl.sum(left * left + right * right, 1)[:, None] / HEAD + eps)
         column_mask = columns < half
-        q_left = tl.load(q_weight + columns, mask=column_mask, other=0.0).to(tl.float32)
-        q_right = tl.load(q_weight + half + columns, mask=column_mask, other=0.0).to(tl.float32)
-        k_left = tl.load(k_weight + columns, mask=column_mask, other=0.0).to(tl.float32)
-        k_right = tl.load(k_weight + half + columns, mask=column_mask, other=0.0).to(tl.float32)
+        q_left = tl.load(q_weight + at_left, mask=column_mask, other=0.0).to(tl.float32)
+        q_right = tl.load(q_weight + at_right, mask=column_mask, other=0.0).to(tl.float32)
+        k_left = tl.load(k_weight + at_left, mask=column_mask, other=0.0).to(tl.float32)
+        k_right = tl.load(k_weight + at_right, mask=column_mask, other=0.0).to(tl.float32)
         left = (left * scale * tl.where(is_q, q_left, k_left)).to(qkv.dtype.element_ty).to(tl.float32)
         right = (right * scale * tl.where(is_q, q_right, k_right)).to(qkv.dtype.element_ty).to(tl.float32)
-    c = tl.load(cos + position * half + columns, mask=columns < half, other=0.0)
-    s = tl.load(sin + position * half + columns, mask=columns < half, other=0.0)
+    c = tl.load(cos + position * PAIRS + columns, mask=columns < PAIRS, other=1.0)
+    s = tl.load(sin + position * PAIRS + columns, mask=columns < PAIRS, other=0.0)
     new_left = (left * c - right * s).to(qkv.dtype.element_ty)
     new_right = (right * c + left * s).to(qkv.dtype.element_ty)
-    tl.store(source, new_left, mask=mask & is_q)
-    tl.store(source + half, new_right, mask=mask & is_q)
+    tl.store(source + at_left, new_left, mask=mask & is_q)
+    tl.store(source + at_right, new_right, mask=mask & is_q)
     block = tl.load(table + row * table_stride + position // BLOCK_SIZE)
     kv_head = tl.where(is_v, heads - Q_HEADS - KV_HEADS, heads - Q_HEADS)
-    place = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD + columns
+    place = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD
     is_k = (heads >= Q_HEADS) & (heads < Q_HEADS + KV_HEADS)
-    tl.store(keys + place, new_left, mask=mask & is_k)
-    tl.store(keys + place + half, new_right, mask=mask & is_k)
-    tl.store(values + place, raw_left, mask=mask & is_v)
-    tl.store(values + place + half, raw_right, mask=mask & is_v)
+    tl.store(keys + place + at_left, new_left, mask=mask & is_k)
+    tl.store(keys + place + at_right, new_right, mask=mask & is_k)
+    tl.store(values + place + at_left, raw_left, mask=mask & is_v)
+    tl.store(values + place + at_right, raw_right, mask=mask & is_v)
 
 
 def rotary_write(
@@ -170,7 +175,8 @@ def rotary_write(
 
     Args:
         qkv: [B, (Hq + 2 * Hk) * d]. q_weight, k_weight: [d], of the heads' RMSNorm; None = the model has none.
-        cos, sin: [positions, d / 2] float32. lengths: [B] int32, the new token included; rows with 0 are left alone.
+        cos, sin: [positions, r / 2] float32, for the first r numbers of a head; the others are not rotated.
+        lengths: [B] int32, the new token included; rows with 0 are left alone.
         table: [B, M] int64. keys, values: [blocks, Hk, block_size, d]. num_heads: Hq.
     """
     _, kv_heads, block_size, head = keys.shape
@@ -179,7 +185,8 @@ def rotary_write(
     _rotary_write_kernel[(triton.cdiv(total, _HEADS), len(qkv))](
         qkv, q_weight if norm else qkv, k_weight if norm else qkv, cos, sin, lengths, table, keys, values,
         table.stride(0), eps, Q_HEADS=num_heads, KV_HEADS=kv_heads, HEAD=head, HALF=triton.next_power_of_2(head // 2),
-        BLOCK_SIZE=block_size, NORM=norm, HEADS=_HEADS, OVERLAP=overlap, num_warps=2, launch_pdl=overlap,
+        PAIRS=cos.shape[-1], BLOCK_SIZE=block_size, NORM=norm, HEADS=_HEADS, OVERLAP=overlap, num_warps=2,
+        launch_pdl=overlap,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 
 from asystem.config import GenerationConfig
 from asystem.generation import Engine, EngineRequest
-from asystem.models import Decoder, ModelSpec, init_weights, save_model
+from asystem.models import Decoder, ModelSpec, MoESpec, init_weights, save_model
 from asystem.types import Finish, SamplingParams
 
 transformers = pytest.importorskip("transformers")
@@ -18,13 +18,16 @@ transformers = pytest.importorskip("transformers")
 VOCAB, STOP = 53, 5
 
 
-@pytest.mark.parametrize(("kv_tokens", "graphs"), [(None, True), (80, True), (80, False)])
-def test_greedy_equals_generate(tmp_path: Path, kv_tokens: int | None, graphs: bool) -> None:
-    spec = ModelSpec("qwen3", VOCAB, 32, 48, 3, num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True)
+@pytest.mark.parametrize(
+    ("kv_tokens", "graphs", "experts"), [(None, True, 0), (80, True, 0), (80, False, 0), (80, True, 6)]
+)
+def test_greedy_equals_generate(tmp_path: Path, kv_tokens: int | None, graphs: bool, experts: int) -> None:
+    family, moe = ("qwen3_moe", MoESpec(experts, 2, 24)) if experts else ("qwen3", None)
+    spec = ModelSpec(family, VOCAB, 32, 48, 3, num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True, moe=moe)
     model = Decoder(spec)
     init_weights(model, seed=2, std=0.3)
     save_model(model, spec, tmp_path)
-    reference = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     rng = np.random.default_rng(1)
     prompts = [rng.integers(6, VOCAB, n).astype(np.int32) for n in (1, 3, 7, 16, 17, 33)]
     engine = Engine(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from asystem.algorithms import choose, policy_loss
 from asystem.config import AlgorithmConfig, Schedule
 from asystem.data.packing import PackedBatch, pack, pack_one
 from asystem.errors import TrainingError
+from asystem.models import MoESpec
 from asystem.stats import Stats
 from asystem.training import supervised_loss
 
@@ -34,11 +36,11 @@ def _rl_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Te
     )
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_packed_equals_one_at_a_time_in_values_gradients_and_updates(tied: bool) -> None:
+@pytest.mark.parametrize("changes", [{}, {"tie_embeddings": False}, {"moe": MoESpec(6, 2, 8)}])
+def test_packed_equals_one_at_a_time_in_values_gradients_and_updates(changes: dict[str, Any]) -> None:
     draw = random.Random(0)
     samples = [replace(s, trained=[draw.random() < 0.6 for _ in range(s.length - 1)]) for s in SHORT]
-    packed, alone = (make_engine(make_model(tie_embeddings=tied)) for _ in range(2))
+    packed, alone = (make_engine(make_model(**changes)) for _ in range(2))
     batch, single = pack(samples, budget=100), [pack_one([sample]) for sample in samples]
     assert len(batch) == 1 and len(batch[0].label_rows) < sum(s.length - 1 for s in samples)
     for _ in range(3):

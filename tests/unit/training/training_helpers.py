@@ -17,7 +17,8 @@ VOCAB = 23
 
 def make_model(seed: int = 0, **changes: Any) -> Decoder:
     shape: dict[str, Any] = {"qk_norm": True, "tie_embeddings": True} | changes
-    model = Decoder(ModelSpec("qwen3", VOCAB, 16, 24, 2, 4, 2, 4, **shape))
+    family = "qwen3_moe" if "moe" in changes else "qwen3"
+    model = Decoder(ModelSpec(family, VOCAB, 16, 24, 2, 4, 2, 4, **shape))
     init_weights(model, seed, std=0.2)
     return model
 

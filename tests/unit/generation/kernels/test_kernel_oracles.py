@@ -93,15 +93,17 @@ def test_attention_with_shared_prefixes(
 
 @pytest.mark.parametrize("dtype", dtypes())
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize(("head", "num_heads", "kv_heads"), [(64, 4, 2), (80, 3, 1), (96, 8, 8)])
+@pytest.mark.parametrize(
+    ("head", "rotated", "num_heads", "kv_heads"), [(64, 64, 4, 2), (80, 80, 3, 1), (96, 96, 8, 8), (64, 32, 4, 1)]
+)
 def test_rotary_write(
-    dtype: torch.dtype, norm: bool, head: int, num_heads: int, kv_heads: int, device: torch.device
+    dtype: torch.dtype, norm: bool, head: int, rotated: int, num_heads: int, kv_heads: int, device: torch.device
 ) -> None:
     lengths = [1, 16, 17, 0, 31]
     cache = paged(lengths, kv_heads, head, 16, dtype, device)
     qkv = torch.randn(len(lengths), (num_heads + 2 * kv_heads) * head, device=device, dtype=dtype)
     weights = [torch.rand(head, device=device, dtype=dtype) + 0.5 if norm else None for _ in range(2)]
-    angles = torch.rand(40, 1, head // 2, device=device) * 6
+    angles = torch.rand(40, 1, rotated // 2, device=device) * 6
     results = []
     for function in (rotary_write, reference.rotary_write):
         x, keys, values = qkv.clone(), cache.keys.clone(), cache.values.clone()

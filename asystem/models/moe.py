@@ -1,0 +1,155 @@
+"""A mixture of experts in the place of a layer's MLP (Shazeer et al. 2017, arXiv:1701.06538).
+
+    x [T, D] -> router -> weights, chosen [T, top_k]
+    rows [T * top_k, D], sorted by expert -> down(silu(gate) * up), each by its expert's matrices -> back in order
+    out [T, D] = weighted sum of a token's rows + shared expert(x)
+
+The experts' matrices are stacked, so that one grouped product computes all of them (`grouped_linear`). No token is
+dropped, and on a GPU in bfloat16 nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asystem.models.moe_spec import MoESpec
+
+
+class Router(nn.Module):
+    """Chooses each token's experts and how much they count: see `MoESpec`. Computes in float32.
+
+    Attributes:
+        weight: [E, D]. bias: [E], or None; no gradient reaches it.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, hidden_size: int, moe: MoESpec) -> None:
+        super().__init__()
+        self.moe = moe
+        self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(moe.num_experts)) if moe.has_bias else None)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> weights [T, top_k] float32, chosen [T, top_k] int64."""
+        logits = F.linear(x.float(), self.weight.float())
+        scores = logits.softmax(-1) if self.moe.score == "softmax" else logits.sigmoid()
+        chosen = self._choose(scores)
+        weights = scores.gather(1, chosen)
+        if self.moe.normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * self.moe.scaling, chosen
+
+    @torch.no_grad()
+    def _choose(self, scores: Tensor) -> Tensor:
+        moe = self.moe
+        if self.bias is not None:
+            scores = scores + self.bias
+        if moe.top_groups < moe.groups:
+            grouped = scores.view(len(scores), moe.groups, -1)
+            totals = grouped.topk(2).values.sum(-1)
+            best = totals.topk(moe.top_groups).indices
+            is_out = torch.ones_like(totals, dtype=torch.bool).scatter_(1, best, False)
+            scores = grouped.masked_fill(is_out[..., None], -torch.inf).flatten(1)
+        return scores.topk(moe.top_k).indices
+
+
+@contextmanager
+def record_routing(routers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """A list of what these routers choose, [T, top_k] each in the order of their calls, while it is open."""
+    chosen: list[Tensor] = []
+
+    def record(router: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
+        chosen.append(outputs[1])
+
+    handles = [router.register_forward_hook(record) for router in routers]
+    try:
+        yield chosen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Experts(nn.Module):
+    """The MLPs that tokens choose from.
+
+    Attributes:
+        gate_up: [E, 2 I, D], the gate's half first. down: [E, D, I].
+    """
+
+    def __init__(self, hidden_size: int, moe: MoESpec) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(moe.num_experts, hidden_size, moe.intermediate_size))
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """x [T, D], weights and chosen [T, top_k] -> [T, D]."""
+        top_k = chosen.shape[1]
+        experts, order = chosen.flatten().sort(stable=True)
+        # Found by search: counting waits for the device.
+        ends = torch.searchsorted(
+            experts, torch.arange(len(self.down), device=x.device), right=True, out_int32=True
+        )  # [E], where each expert's rows end
+        gate, up = grouped_linear(x.index_select(0, order // top_k), self.gate_up, ends).chunk(2, dim=-1)
+        rows = grouped_linear(F.silu(gate) * up, self.down, ends)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
+        parts = rows.index_select(0, back).view(len(x), top_k, -1)
+        return (parts * weights[..., None]).sum(1).to(x.dtype)
+
+
+class MoE(nn.Module):
+    """Router, experts, and the shared expert where there is one; called as an MLP is.
+
+    Args:
+        shared: [T, D] -> [T, D], computes every token.
+    """
+
+    def __init__(self, hidden_size: int, moe: MoESpec, shared: nn.Module | None) -> None:
+        super().__init__()
+        self.router = Router(hidden_size, moe)
+        self.experts = Experts(hidden_size, moe)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, D] -> [T, D]."""
+        out: Tensor = self.experts(x, *self.router(x))
+        return out if self.shared is None else out + self.shared(x)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Each row times its expert's matrix.
+
+    On CUDA in bfloat16 it is one kernel (`torch.nn.functional.grouped_mm`), else experts take turns.
+
+    Args:
+        x: [N, K], sorted by expert. weight: [E, M, K]. ends: [E] int32, where each expert's rows end.
+
+    Returns:
+        [N, M]
+    """
+    if x.is_meta:  # the memory plan's
+        return x.new_empty(len(x), weight.shape[1])
+    if is_grouped(weight):
+        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    out: Tensor = _in_turn(x, weight, ends)
+    return out
+
+
+def is_grouped(weight: Tensor) -> bool:
+    """Whether `grouped_linear` is one kernel for these matrices; it reads 16 bytes at a time."""
+    is_aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
+    return weight.is_cuda and weight.dtype is torch.bfloat16 and is_aligned
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at numbers of tokens
+def _in_turn(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    spans = pairwise([0, *ends.tolist()])
+    pieces = ((x[start:end], matrix) for (start, end), matrix in zip(spans, weight.unbind(), strict=True))
+    return torch.cat([F.linear(rows, matrix) for rows, matrix in pieces if len(rows)])

@@ -1,0 +1,87 @@
+"""Training through a mixture of experts, and its weights on their way to generation, checkpoints and folders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from training_helpers import VOCAB, make_samples, weights
+
+from asystem.algorithms import choose, policy_loss
+from asystem.config import AlgorithmConfig, GenerationConfig, Recompute, TrainingConfig
+from asystem.data.packing import PackedBatch, pack_one
+from asystem.generation import Engine, EngineRequest
+from asystem.models import Decoder, ModelSpec, MoESpec, init_weights
+from asystem.state import Inbox, Outbox
+from asystem.stats import Stats
+from asystem.training import TrainEngine, supervised_loss
+from asystem.types import SamplingParams
+
+LING = MoESpec(6, 2, 8, 8, (0,), score="sigmoid", groups=3, top_groups=2, has_bias=True, scaling=2.0)
+
+
+def make_model(seed: int = 0) -> Decoder:
+    model = Decoder(ModelSpec("bailing_moe_v2", VOCAB, 16, 24, 2, 4, 2, 4, rotary_factor=0.5, qk_norm=True, moe=LING))
+    init_weights(model, seed, std=0.2)
+    with torch.no_grad():
+        model.get_parameter("layers.1.mlp.router.bias").copy_(torch.linspace(-0.1, 0.1, 6))
+    return model
+
+
+def make_engine(recompute: Recompute = Recompute.none) -> TrainEngine:
+    cfg = TrainingConfig(lr=1e-2, eps=1e-4, recompute=recompute)
+    return TrainEngine(make_model(), cfg, device="cpu", total_steps=100)
+
+
+def rl_loss(packed: PackedBatch, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, Stats]:
+    return policy_loss(
+        logprobs, infer_logprobs=packed.infer_logprobs, advantages=packed.advantages,
+        token_weights=packed.token_weights, mask=packed.mask, sequence=packed.sequence,
+        algorithm=choose(AlgorithmConfig(icepop_alpha=0.01, icepop_beta=100.0), "."), entropy=entropy,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_fn", [supervised_loss, rl_loss])
+def test_a_step_changes_everything_but_the_bias(loss_fn: object) -> None:
+    engine = make_engine()
+    before = weights(engine.model)
+    stats = engine.step([pack_one(make_samples([9, 7, 8]))], loss_fn).to_dict()  # type: ignore[arg-type]
+    assert stats["train/skipped"] == 0 and stats["train/grad_norm"] > 0
+    same = {name for name, value in weights(engine.model).items() if torch.equal(value, before[name])}
+    assert same == {"layers.1.mlp.router.bias"}
+    changed = weights(engine.model)["layers.1.mlp.experts.down"] != before["layers.1.mlp.experts.down"]
+    assert changed.flatten(1).any(1).all()  # each expert
+
+
+def test_computing_again_changes_no_bit() -> None:
+    engines = [make_engine(recompute) for recompute in Recompute]
+    batch = [pack_one(make_samples([4, 6]))]
+    for _ in range(2):
+        assert len({str(engine.step(batch, supervised_loss).to_dict()) for engine in engines}) == 1
+
+
+def test_published_weights_and_checkpoints_arrive_whole(tmp_path: Path) -> None:
+    engine = make_engine()
+    engine.step([pack_one(make_samples([9, 7, 8]))], supervised_loss)
+    receiver = make_model(seed=5)
+    generation = Engine(receiver, GenerationConfig(max_running=4), stop_ids=[], seed=0, max_length=20)
+    Inbox(receiver).read([Outbox(engine.model).write()])
+    generation.weights_updated(1)
+    resumed = TrainEngine(make_model(seed=7), engine.cfg, device="cpu", total_steps=100)
+    engine.save(tmp_path / "step")
+    resumed.load(tmp_path / "step")
+    for name, value in weights(engine.model).items():
+        assert torch.equal(weights(receiver)[name], value), name
+        assert torch.equal(weights(resumed.model)[name], value), name
+    # What generation drew has the log-probabilities that training gives it.
+    samples = make_samples([12, 12])
+    generation.submit(
+        EngineRequest(i, i, 0, sample.prompt_tokens, SamplingParams(12)) for i, sample in enumerate(samples)
+    )
+    drawn = sorted(generation.decode().finished, key=lambda t: t.rollout)
+    packed = pack_one([replace(sample, tokens=t.tokens) for sample, t in zip(samples, drawn, strict=True)])
+    found = engine.logprobs([packed])[0][packed.mask]
+    want = torch.cat([torch.from_numpy(t.logprobs) for t in drawn])
+    torch.testing.assert_close(found, want, atol=1e-4, rtol=0)
