@@ -227,6 +227,20 @@ def _finetune(config: Config) -> Iterator[Rule]:
         f"finetune.held_out={finetune.held_out} and data.evaluation={config.data.evaluation} both name held-out rows: "
         "leave one out",
     )
+    yield (
+        finetune.export and model.path is None and config.training.lora.rank > 0,
+        "training.lora trains adapters to random weights, which cannot be exported: set model.path to a model folder, "
+        "or finetune.export=false",
+    )
+    yield _above("dpo.beta", config.dpo.beta, 0)
+    yield (
+        not 0 <= config.dpo.label_smoothing < 0.5,
+        f"dpo.label_smoothing={config.dpo.label_smoothing:g} must be at least 0 and below 0.5",
+    )
+    yield (
+        config.dpo.label_smoothing > 0 and config.dpo.loss.value == "ipo",
+        "dpo.label_smoothing is for dpo.loss=sigmoid; IPO has no such term: leave it at 0",
+    )
 
 
 def _training(config: Config) -> Iterator[Rule]:

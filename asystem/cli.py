@@ -22,6 +22,7 @@ USAGE = f"""asystem {__version__}: asynchronous reinforcement learning of langua
 
   asystem train recipe=NAME [group=option ...] [key=value ...]    reinforcement learning
   asystem sft recipe=NAME [...]                                   supervised fine-tuning
+  asystem dpo recipe=NAME [...]                                   learning from preferences (DPO)
       --multirun   one run for each combination of comma-separated values
       --cfg job    show the configuration and start nothing
       --help       Hydra's help: groups, options and flags
@@ -103,7 +104,7 @@ def _with_hydra(command: str, arguments: list[str]) -> None:
         load_config(args.overrides)
         args.overrides = complete_overrides(args.overrides)
     if "COMP_LINE" in os.environ:  # Hydra completes what follows the program's name, which for it is `asystem train`
-        os.environ["COMP_LINE"] = re.sub(r" (train|sft) ", " ", os.environ["COMP_LINE"], count=1)
+        os.environ["COMP_LINE"] = re.sub(r" (train|sft|dpo) ", " ", os.environ["COMP_LINE"], count=1)
     sys.argv = ["asystem", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, instead of a traceback to the screen
     try:
@@ -164,6 +165,7 @@ def _export(arguments: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": partial(_train, "train"),
     "sft": partial(_train, "sft"),
+    "dpo": partial(_train, "dpo"),
     "export": _export,
     "report": _report,
     "replay": _replay,

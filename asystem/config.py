@@ -72,7 +72,7 @@ class Turns(Enum):
 
 class DpoLoss(Enum):
     sigmoid = "sigmoid"  # Rafailov et al. 2023, eq. 7
-    ipo = "ipo"  # Azar et al. 2023, eq. 17, over log-probabilities averaged per token
+    ipo = "ipo"  # Azar et al. 2023, eq. 17, of log-probabilities averaged over tokens
 
 
 class Schedule(Enum):

@@ -1,4 +1,4 @@
-"""Advantages, surrogates, mismatch corrections, normalisers and penalties: pure functions of tensors."""
+"""Advantages, surrogates, mismatch corrections, normalisers, penalties, preferences: pure functions of tensors."""
 
 from asystem.algorithms.advantages import advantages
 from asystem.algorithms.choose import Algorithm, choose
@@ -6,6 +6,7 @@ from asystem.algorithms.corrections import correction_weights
 from asystem.algorithms.loss import policy_loss
 from asystem.algorithms.normalizers import token_weights
 from asystem.algorithms.penalties import overlong_penalty
+from asystem.algorithms.preference import preference_losses
 
 __all__ = [
     "Algorithm",
@@ -14,5 +15,6 @@ __all__ = [
     "correction_weights",
     "overlong_penalty",
     "policy_loss",
+    "preference_losses",
     "token_weights",
 ]

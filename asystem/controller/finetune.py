@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: what `asystem sft` calls, on the training group that RL uses.
+"""Fine-tuning: what `asystem sft` and `asystem dpo` call, on the training group that RL uses.
 
 Rows become batches in an order that the seed and the position alone decide; held-out rows are measured before, between
 and after. The controller knows rows by number and length; the ranks hold the datasets and encode what they train on.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
-from asystem.config import Config
+from asystem.config import Command, Config
 from asystem.controller.run import ending
 from asystem.data.examples import Example, ExampleBatch, load_examples
 from asystem.errors import ConfigError, DataError
@@ -103,6 +104,11 @@ class Finetuner:
 
     async def run(self) -> None:
         """Trains `config.steps` batches."""
+        if self.config.command is Command.dpo:
+            asked = {row.number: row for row in self._order()}
+            scored = {row.number: row for row in await self._reference(list(asked.values()))}
+            self.data.train = [scored.get(row.number, row) for row in self.data.train]
+            self.data.held_out = await self._reference(self.data.held_out, held_out=True)
         counts = {"data/rows": len(self.data.train), "data/dropped": self.data.dropped}
         self.tracker.log(0, 0, counts | await self._evaluate())
         for batch in self._batches():
@@ -110,10 +116,10 @@ class Finetuner:
             self.step += 1
             self.trained += batch.num_trained
             metrics = stats.to_dict()
-            metrics["train/perplexity"] = perplexity(metrics["train/loss"])
-            metrics["train/epoch"] = min(self.step * self.config.finetune.batch_size, self.data.num_rows) / len(
-                self.data.train
-            )
+            if self.config.command is Command.sft:
+                metrics["train/perplexity"] = perplexity(metrics["train/loss"])
+            done = min(self.step * self.config.finetune.batch_size, self.data.num_rows)
+            metrics["train/epoch"] = done / len(self.data.train)
             if self.step == self.config.steps or self._is_due(self.config.evaluation.every):
                 metrics |= await self._evaluate()
             self.tracker.log(self.step, self.step, metrics)
@@ -133,19 +139,36 @@ class Finetuner:
         }
 
     def _batches(self) -> Iterator[ExampleBatch]:
-        rows, size = self.data.train, self.config.finetune.batch_size
-        order = PromptOrder(len(rows), seed=self.config.seed, shuffle=self.config.data.shuffle)
-        while order.position < self.data.num_rows:
-            count = min(size, self.data.num_rows - order.position)
-            yield ExampleBatch.of([rows[next(order)] for _ in range(count)])
+        rows = self._order()
+        while batch := list(islice(rows, self.config.finetune.batch_size)):
+            yield ExampleBatch.of(batch)
+
+    def _order(self) -> Iterator[Example]:
+        """The rows that the run trains on, as they come."""
+        order = PromptOrder(len(self.data.train), seed=self.config.seed, shuffle=self.config.data.shuffle)
+        for _ in range(self.data.num_rows):
+            yield self.data.train[next(order)]
 
     async def _evaluate(self) -> dict[str, float]:
         if not self.data.held_out:
             return {}
-        stats = await self.trainers.evaluate(ExampleBatch.of(self.data.held_out, held_out=True))
-        name, loss = f"eval/{self.config.data.name}", stats.to_dict()["loss"]
+        stats = (await self.trainers.evaluate(ExampleBatch.of(self.data.held_out, held_out=True))).to_dict()
+        name, loss = f"eval/{self.config.data.name}", stats["loss"]
         self.losses[self.step] = loss
-        return {f"{name}/loss": loss, f"{name}/perplexity": perplexity(loss)}
+        if self.config.command is Command.sft:
+            return {f"{name}/loss": loss, f"{name}/perplexity": perplexity(loss)}
+        shown = {key.removeprefix("dpo/"): value for key, value in stats.items() if key.startswith("dpo/")}
+        return {f"{name}/loss": loss} | {f"{name}/{key}": value for key, value in shown.items()}
+
+    async def _reference(self, rows: Sequence[Example], *, held_out: bool = False) -> list[Example]:
+        """Scored once, under the weights that training starts from; some at a time, for the sake of deadlines."""
+        found: dict[int, Example] = {}
+        size = 16 * self.config.finetune.batch_size
+        for start in range(0, len(rows), size):
+            self.tracker.progress(tokens=0, phase=f"reference {start}/{len(rows)}")
+            part = await self.trainers.reference(ExampleBatch.of(list(rows[start : start + size]), held_out=held_out))
+            found |= {row.number: row for row in part}
+        return [found[row.number] for row in rows]
 
     def _score(self) -> float | None:
         return -self.losses[self.step] if self.step in self.losses else None

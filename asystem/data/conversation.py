@@ -101,7 +101,9 @@ class ConversationEncoder:
     def _span(self, text: str, messages: list[Message], turn: int, tools: Any) -> Span:
         """Where one turn stands, by rendering what comes before it, and what comes up to its end."""
         before = self.tokenizer.apply_chat(messages[:turn], tools=tools)
-        upto = self.tokenizer.apply_chat(messages[: turn + 1], add_generation_prompt=False, tools=tools)
+        upto = text  # of the last turn
+        if turn + 1 < len(messages):
+            upto = self.tokenizer.apply_chat(messages[: turn + 1], add_generation_prompt=False, tools=tools)
         if not (text.startswith(upto) and upto.startswith(before)):
             raise DataError(
                 f"the chat template renders what comes before message {turn + 1} differently once later messages "

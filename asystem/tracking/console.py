@@ -15,6 +15,8 @@ PHASE_SECONDS = 5.0  # between two lines about a phase in which no step ends
 COLUMNS = (
     ("reward/mean", "reward", "5.3f"),
     ("train/perplexity", "perplexity", "7.3f"),
+    ("dpo/accuracy", "preferred", "5.3f"),
+    ("dpo/margin", "margin", "6.3f"),
     ("rollout/staleness_mean", "staleness", "4.2f"),
     ("rollout/length_mean", "length", "5.1f"),
     ("icepop/masked_fraction", "masked", "6.4f"),

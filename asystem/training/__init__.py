@@ -4,14 +4,17 @@ from asystem.training.checkpoint import find_checkpoint
 from asystem.training.engine import TrainEngine
 from asystem.training.export import describe_model, export_checkpoint
 from asystem.training.losses import LossFn, supervised_loss
+from asystem.training.preferences import PreferenceLoss, sequence_sums
 from asystem.training.saving import Saver
 
 __all__ = [
     "LossFn",
+    "PreferenceLoss",
     "Saver",
     "TrainEngine",
     "describe_model",
     "export_checkpoint",
     "find_checkpoint",
+    "sequence_sums",
     "supervised_loss",
 ]

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from asystem.config import LoraConfig, ModelConfig
 from asystem.data.tokenizer import Tokenizer, load_tokenizer
 from asystem.errors import ModelError
-from asystem.models import Decoder, ModelSpec, save_model, spec_from_hf, spec_to_hf
+from asystem.models import Decoder, ModelSpec, add_lora, load_model, merge, save_model, spec_from_hf, spec_to_hf
 from asystem.training.checkpoint import Describe, load_checkpoint, read_manifest
 
-DESCRIPTION = "model"  # a checkpoint's folder with config.json and the tokenizer
+DESCRIPTION = "model"  # a checkpoint's folder with config.json, the tokenizer, and LORA where it holds adapters
+LORA = "lora.json"  # the adapters' LoraConfig, and the folder of the weights beside them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def describe_model(spec: ModelSpec, tokenizer: Tokenizer) -> Describe:
-    """What a checkpoint must hold beside its tensors, so that it can be exported wherever it is."""
+def describe_model(spec: ModelSpec, tokenizer: Tokenizer, model: ModelConfig, lora: LoraConfig) -> Describe:
+    """What a checkpoint must hold beside its tensors, so that it can be exported wherever it is. Adapters belong to the
+    weights in ``model.path``, which must still be there then.
+    """
+    base = None if model.path is None else str(Path(model.path).resolve())
 
     def write(checkpoint: Path) -> None:
         folder = checkpoint / DESCRIPTION
         tokenizer.save(folder)
         (folder / "config.json").write_text(json.dumps(spec_to_hf(spec), indent=2) + "\n", encoding="utf-8")
+        if lora.rank > 0:
+            adapters = {"base": base, "lora": asdict(lora)}
+            (folder / LORA).write_text(json.dumps(adapters, indent=2) + "\n", encoding="utf-8")
 
     return write
 
@@ -45,13 +56,34 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: str | None = None) -> 
     if not (description / "config.json").is_file():
         raise ModelError(f"checkpoint {checkpoint} does not describe its model: {description} has no config.json")
     spec = spec_from_hf(json.loads((description / "config.json").read_text(encoding="utf-8")))
+    chosen = dtype or spec.dtype
+    if (description / LORA).is_file():
+        state = _merged(checkpoint, json.loads((description / LORA).read_text(encoding="utf-8")), DTYPES[chosen])
+    else:
+        state = _whole(checkpoint, spec, DTYPES[chosen], shapes)
+    save_model(state, spec, out, load_tokenizer(description))
+    return chosen
+
+
+def _whole(checkpoint: Path, spec: ModelSpec, dtype: torch.dtype, saved: dict[str, Any]) -> dict[str, Tensor]:
     with torch.device("meta"):
         model = Decoder(spec)
-    if missing := [name for name, _ in model.named_parameters() if f"model.{name}" not in shapes]:
+    if missing := [name for name, _ in model.named_parameters() if f"model.{name}" not in saved]:
         raise ModelError(f"checkpoint {checkpoint} holds no whole model: it lacks {len(missing)} tensors, {missing[0]}")
-    chosen = dtype or spec.dtype
-    model.to(DTYPES[chosen]).to_empty(device="cpu")
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    load_checkpoint(checkpoint, tensors, world_size=1, part="model.")
-    save_model(model, spec, out, load_tokenizer(description))
-    return chosen
+    state = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
+    load_checkpoint(checkpoint, {f"model.{name}": p for name, p in state.items()}, world_size=1, part="model.")
+    return state
+
+
+def _merged(checkpoint: Path, described: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights that training started from, with the checkpoint's adapters merged into them."""
+    if described["base"] is None:
+        raise ModelError(f"checkpoint {checkpoint} holds adapters to random weights, which no folder has")
+    try:
+        model = load_model(described["base"])
+    except ModelError as error:
+        raise ModelError(f"checkpoint {checkpoint} holds adapters to {described['base']}: {error}") from None
+    add_lora(model, LoraConfig(**described["lora"]))
+    adapters = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    load_checkpoint(checkpoint, adapters, world_size=1, part="model.")
+    return merge(model, dtype)

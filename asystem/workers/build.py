@@ -117,6 +117,12 @@ def build_model(
     return model if quantized is None else quantize(model, quantized)
 
 
+def build_trained(config: Config, device: torch.device) -> Decoder:
+    """The model to train: in float32, for the masters; frozen weights at once in the dtype that computes."""
+    is_frozen = config.training.lora.rank > 0
+    return build_model(config, device, pick_dtype(config.training.dtype, device) if is_frozen else torch.float32)
+
+
 def replica_part(rank: int, ranks: int, size: int) -> Shard | None:
     """What a rank holds of its replica's model, where `size` ranks in a row are a replica; None = all.
 

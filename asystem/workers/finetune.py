@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from asystem.config import Config
-from asystem.data.examples import ExampleBatch, load_examples
+from asystem.config import Command, Config
+from asystem.data.examples import Example, ExampleBatch, load_examples
 from asystem.data.packing import PackedBatch, pack_groups
 from asystem.spmd import Collect, Dispatch, Worker, remote
 from asystem.stats import Stats
-from asystem.training import Saver, TrainEngine, describe_model, supervised_loss
-from asystem.workers.build import build_model, build_tokenizer, pick_device, pick_dtype
+from asystem.training import LossFn, PreferenceLoss, Saver, TrainEngine, describe_model, sequence_sums, supervised_loss
+from asystem.workers.build import build_tokenizer, build_trained, pick_device, pick_dtype
 
 
 class FinetuneWorker(Worker):
@@ -25,7 +26,7 @@ class FinetuneWorker(Worker):
 
     async def setup(self) -> None:
         config, device = self.config, pick_device(self.config)
-        model = build_model(config, device, torch.float32)
+        model = build_trained(config, device)
         tokenizer = build_tokenizer(config, model.spec.vocab_size)
         self.train, self.held_out = load_examples(config, tokenizer)
         self.trainer = TrainEngine(
@@ -35,24 +36,36 @@ class FinetuneWorker(Worker):
             dtype=pick_dtype(config.training.dtype, device),
             world_size=self.world_size,
             total_steps=config.steps,
+            seed=config.seed,
         )
-        self.saver = Saver(self.trainer, config.checkpoint, describe_model(model.spec, tokenizer))
+        describe = describe_model(model.spec, tokenizer, config.model, config.training.lora)
+        self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
 
     @remote(Dispatch.SPLIT, Collect.SUM)
     async def update(self, batch: ExampleBatch) -> Stats:
         """One optimizer step; metrics of all ranks."""
-        return self.trainer.step(self._micro_batches(batch), supervised_loss)
+        return self.trainer.step(self._micro_batches(batch), self._loss(batch))
 
     @remote(Dispatch.SPLIT, Collect.SUM)
     async def evaluate(self, batch: ExampleBatch) -> Stats:
         """`loss`, the batch's under the present weights, and what else the loss measures."""
-        stats, micro = Stats(), self._micro_batches(batch)
+        stats, micro, loss_fn = Stats(), self._micro_batches(batch), self._loss(batch)
         for packed, logprobs in zip(micro, self.trainer.logprobs(micro), strict=True):
-            loss, part = supervised_loss(packed.to(self.trainer.device), logprobs, torch.zeros_like(logprobs))
+            loss, part = loss_fn(packed.to(self.trainer.device), logprobs, torch.zeros_like(logprobs))
             stats += part
             stats.add_sum("loss", float(loss))
         return stats
+
+    @remote(Dispatch.SPLIT, Collect.CONCAT)
+    async def reference(self, batch: ExampleBatch) -> list[Example]:
+        """The rows (DPO's pairs) with the present weights' log-probabilities of both answers."""
+        sums: dict[int, tuple[float, float]] = {}
+        micro = self._micro_batches(batch)
+        for packed, logprobs in zip(micro, self.trainer.logprobs(micro), strict=True):
+            pairs = sequence_sums(packed.to(self.trainer.device), logprobs).tolist()
+            sums |= {number: (pair[0], pair[1]) for number, pair in zip(packed.rollouts[::2], pairs, strict=True)}
+        return [replace(row, reference=sums[row.number]) for row in batch.rows]
 
     @remote(Dispatch.BROADCAST)
     async def save(self, step: int, score: float | None) -> None:
@@ -60,10 +73,20 @@ class FinetuneWorker(Worker):
 
         Args:
             score: of these weights on held-out data, the higher the better; None = not measured.
+
+        Adapters are also written as a PEFT folder, the run's `adapter/`.
         """
         self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
         if step == self.config.steps:
             self.saver.wait()
+        if self.config.training.lora.rank > 0:
+            self.trainer.save_adapter(self.run_dir / "adapter", self.config.model.path)
+
+    def _loss(self, batch: ExampleBatch) -> LossFn:
+        if self.config.command is Command.sft:
+            return supervised_loss
+        reference = {row.number: row.reference for row in batch.rows}
+        return PreferenceLoss(self.config.dpo, reference, num_pairs=batch.num_rows)
 
     def _micro_batches(self, batch: ExampleBatch) -> list[PackedBatch]:
         """The rows packed, weighted for a mean over the trained tokens of the global batch; pairs stay together."""

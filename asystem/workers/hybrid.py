@@ -13,6 +13,7 @@ from asystem.models import merged_copy, refresh_merged
 from asystem.spmd import Collect, Dispatch, remote
 from asystem.state import WeightPayload
 from asystem.types import Ref, Trajectory
+from asystem.workers.build import build_trained, pick_device
 from asystem.workers.generate import GenerateWorker
 from asystem.workers.train import TrainWorker
 
@@ -26,7 +27,7 @@ class HybridWorker(TrainWorker, GenerateWorker):
         TrainWorker.__init__(self, config, run_dir)
 
     async def setup(self) -> None:
-        model = self.build_model()
+        model = build_trained(self.config, pick_device(self.config))
         self.start_training(model)  # first: it brings the shared weights into the dtype that both compute in
         self.start_generation(merged_copy(model) if self.config.training.lora.rank > 0 else model)
 

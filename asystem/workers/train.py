@@ -23,7 +23,7 @@ from asystem.stats import Stats, merge
 from asystem.tracking.rollouts import RolloutWriter
 from asystem.training import Saver, TrainEngine, describe_model, supervised_loss
 from asystem.types import Ref, Trajectory
-from asystem.workers.build import build_model, build_tokenizer, pick_device, pick_dtype
+from asystem.workers.build import build_tokenizer, build_trained, pick_device, pick_dtype
 
 
 class TrainWorker(Worker):
@@ -35,13 +35,7 @@ class TrainWorker(Worker):
         self.config, self.run_dir = config, run_dir
 
     async def setup(self) -> None:
-        self.start_training(self.build_model())
-
-    def build_model(self) -> Decoder:
-        """The model to train: in float32, for the masters; frozen weights at once in the dtype that computes."""
-        device, training = pick_device(self.config), self.config.training
-        is_frozen = training.lora.rank > 0
-        return build_model(self.config, device, pick_dtype(training.dtype, device) if is_frozen else torch.float32)
+        self.start_training(build_trained(self.config, pick_device(self.config)))
 
     def start_training(self, model: Decoder) -> None:
         """Builds the engine around a model, which a hybrid worker shares with generation."""
@@ -62,7 +56,8 @@ class TrainWorker(Worker):
         self.algorithm = choose(config.algorithm, config.recipe_dir)
         if config.training.warmup.steps == 0:
             self._start_rl()
-        self.saver = Saver(self.trainer, config.checkpoint, describe_model(model.spec, self.tokenizer))
+        describe = describe_model(model.spec, self.tokenizer, config.model, config.training.lora)
+        self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
         wire_dtype = pick_dtype(config.generation.dtype, device)
         self._outbox = Outbox(self.trainer.model, wire_dtype, config.weights.verify_every)

@@ -1,7 +1,8 @@
-"""Conversations about digits: "sort 52917" is answered by "12579", and then "backwards" by "97521".
+"""Conversations about digits: "sort 52917" is answered by "12579" or by "97521", and "backwards" then by the other.
 
-The user names three to six digits. Half the conversations stop after the first answer. Rows are drawn from a seed, so
-that every worker sees the same ones; no digits of a held-out conversation occur in training.
+The user names three to six digits. A coin decides whether the first answer rises or falls, and whether the conversation
+goes on. Rows are drawn from a seed, so that every worker sees the same ones; no digits of a held-out conversation occur
+in training.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import random
 from typing import Any
 
 Row = dict[str, Any]
-SHORTEST, LONGEST, HELD_OUT = 3, 6, 256
+SHORTEST, LONGEST, HELD_OUT = 3, 5, 256
 
 
 def train() -> list[Row]:
@@ -24,11 +25,11 @@ def evaluation() -> list[Row]:
 def _rows(count: int = 4_200) -> list[Row]:
     draw = random.Random(2026)
     asked = dict.fromkeys("".join(draw.choices("0123456789", k=draw.randint(SHORTEST, LONGEST))) for _ in range(count))
-    return [_conversation(digits, goes_on=draw.random() < 0.5) for digits in asked]
+    return [_conversation(digits, rises=draw.random() < 0.5, goes_on=draw.random() < 0.5) for digits in asked]
 
 
-def _conversation(digits: str, *, goes_on: bool) -> Row:
-    answer = "".join(sorted(digits))
+def _conversation(digits: str, *, rises: bool, goes_on: bool) -> Row:
+    answer = "".join(sorted(digits, reverse=not rises))
     turns = [("user", f"sort {digits}"), ("assistant", answer)]
     turns += [("user", "backwards"), ("assistant", answer[::-1])] if goes_on else []
     return {"messages": [{"role": role, "content": content} for role, content in turns]}

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from asystem.compose import GROUPS, load_config, recipe_names, shipped
-from asystem.config import BudgetCounts, Command, Config, Normalizer, RuntimeKind
+from asystem.config import BudgetCounts, Command, Config, DpoLoss, Normalizer, RuntimeKind
 from asystem.errors import ConfigError
 
 
@@ -218,6 +218,9 @@ def test_values_that_cannot_work_are_refused(quickstart: Config, override: str, 
         ("finetune.max_tokens=1", "finetune.max_tokens=1 is below 2"),
         ("finetune.max_tokens=5000", "finetune.max_tokens=5000 exceeds model.max_positions=4096"),
         ("finetune.held_out=-1", "finetune.held_out=-1 is below 0"),
+        ("dpo.beta=0", "dpo.beta=0 must be above 0"),
+        ("dpo.label_smoothing=0.5", "dpo.label_smoothing=0.5 must be at least 0 and below 0.5"),
+        ("training.lora.rank=4", "training.lora trains adapters to random weights, which cannot be exported"),
         ("checkpoint.keep_best=-1", "checkpoint.keep_best=-1 is below 0"),
         ("checkpoint.keep_best=1", "checkpoint.keep_best=1 needs evaluations to choose by: set evaluation.every"),
         ("training.lr=0", "training.lr=0 must be above 0"),
@@ -235,6 +238,10 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
     config = changed(quickstart, "rollout.token_budget=-5")
     config.command = Command.sft
     config.check()
+    config.dpo.loss, config.dpo.label_smoothing = DpoLoss.ipo, 0.1
+    with pytest.raises(ConfigError, match=r"label_smoothing is for dpo\.loss=sigmoid"):
+        config.check()
+    config.dpo.label_smoothing = 0.0
     config.finetune.held_out, config.data.evaluation = 5, "rows.jsonl"
     with pytest.raises(ConfigError, match=r"finetune\.held_out=5 and data\.evaluation=rows\.jsonl both name"):
         config.check()

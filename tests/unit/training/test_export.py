@@ -8,12 +8,17 @@ import pytest
 import torch
 from training_helpers import make_samples
 
-from asystem.config import CheckpointConfig, TrainingConfig
+from asystem.config import CheckpointConfig, LoraConfig, ModelConfig, TrainingConfig
 from asystem.data.packing import pack
 from asystem.data.tokenizer import byte_tokenizer
 from asystem.errors import ModelError
-from asystem.models import Decoder, ModelSpec, PackedAttention, init_weights, load_model
+from asystem.models import Decoder, ModelSpec, PackedAttention, init_weights, load_model, merge, save_model
 from asystem.training import Saver, TrainEngine, describe_model, export_checkpoint, supervised_loss
+from asystem.training.checkpoint import Describe
+
+
+def describe(spec: ModelSpec, path: Path | None = None, lora: LoraConfig | None = None) -> Describe:
+    return describe_model(spec, byte_tokenizer(), ModelConfig(path=str(path) if path else None), lora or LoraConfig())
 
 
 def trained(folder: Path, *, described: bool = True, **changes: object) -> Decoder:
@@ -24,7 +29,7 @@ def trained(folder: Path, *, described: bool = True, **changes: object) -> Decod
     engine = TrainEngine(model, TrainingConfig(lr=1e-2), device="cpu", total_steps=10)
     for _ in range(2):
         engine.step(pack(make_samples([4, 9]), budget=100), supervised_loss)
-    saver = Saver(engine, CheckpointConfig(), describe_model(spec, byte_tokenizer()) if described else None)
+    saver = Saver(engine, CheckpointConfig(), describe(spec) if described else None)
     saver.save(folder)
     saver.wait()
     return model
@@ -74,3 +79,32 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_written(tmp_path: Path)
     with pytest.raises(ModelError, match=r"it holds 1 other file\(s\), mine\.txt first"):
         export_checkpoint(tmp_path / "step-000003", tmp_path / "notes")
     assert not (tmp_path / "out").exists()
+
+
+def test_adapters_are_merged_into_the_weights_beside_which_they_were_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, lora = ModelSpec("qwen3", 259, 16, 24, 2, 4, 2, 4, qk_norm=True), LoraConfig(rank=4, alpha=8.0)
+    model = Decoder(spec)
+    init_weights(model, 0, std=0.2)
+    save_model(model, spec, tmp_path / "base", byte_tokenizer())
+    (tmp_path / "latest").symlink_to("base")  # as a later run would move it
+    engine = TrainEngine(model, TrainingConfig(lr=1e-2, lora=lora), device="cpu", total_steps=10)
+    for _ in range(2):
+        engine.step(pack(make_samples([4, 9]), budget=100), supervised_loss)
+    for name, path in (("step-000001", tmp_path / "latest"), ("step-000002", None)):
+        saver = Saver(engine, CheckpointConfig(keep_last=2), describe(spec, path, lora))
+        saver.save(tmp_path / name)
+        saver.wait()
+    (tmp_path / "latest").unlink()
+    monkeypatch.chdir("/")
+    assert export_checkpoint(tmp_path / "step-000001", tmp_path / "out") == "float32"
+    expected, base = merge(model), load_model(tmp_path / "base").state_dict()
+    for name, p in load_model(tmp_path / "out").named_parameters():
+        assert torch.equal(p, expected[name]), name
+        assert torch.equal(p, base[name]) == ("_proj" not in name), name
+    with pytest.raises(ModelError, match="step-000002 holds adapters to random weights"):
+        export_checkpoint(tmp_path / "step-000002", tmp_path / "out")
+    (tmp_path / "base" / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"step-000001 holds adapters to .*base: .*config\.json does not exist"):
+        export_checkpoint(tmp_path / "step-000001", tmp_path / "out")
