@@ -30,6 +30,7 @@ from asystem.stats import Stats
 from asystem.training.blocks import prepare_blocks
 from asystem.training.checkpoint import load_checkpoint, save_checkpoint
 from asystem.training.losses import LossFn
+from asystem.training.memory import TrainingPlan, free_memory
 from asystem.training.optimizer import MasterOptimizer
 from asystem.training.policy import Policy
 from asystem.training.schedule import LearningRate
@@ -82,6 +83,7 @@ class TrainEngine:
         if world_size > 1:
             _shard(self.policy, self.device, dtype, world_size)
         self.optimizer = MasterOptimizer(_trained(model), exact, cfg)
+        self._fitting = 0  # tokens of a micro-batch that is known to fit in memory
         self.start_phase(cfg.lr, cfg.schedule, cfg.lr_warmup_steps, total_steps)
 
     def start_phase(self, lr: float, schedule: Schedule, warmup_steps: int, total_steps: int) -> None:
@@ -142,7 +144,9 @@ class TrainEngine:
 
         Raises:
             TrainingError: ``training.max_bad_steps`` steps in a row had such a gradient; names the rollouts.
+            CapacityError: a micro-batch will not fit in the GPU's memory; says which size would.
         """
+        self._check_fits(micro)
         padded = self._padded(micro)
         stats = Stats()
         losses: list[Tensor] = []
@@ -186,6 +190,26 @@ class TrainEngine:
     def _forward(self, packed: PackedBatch, loss_fn: LossFn) -> tuple[Tensor, Stats]:
         logprobs, entropy = self.policy(packed)
         return loss_fn(packed, logprobs, entropy)
+
+    def _check_fits(self, micro: Sequence[PackedBatch]) -> None:
+        """Before the first step, so that a run does not end in the middle of a later one; and before larger ones, which
+        single sequences above the limit are."""
+        tokens = max((len(packed.tokens) for packed in micro), default=0)
+        if tokens <= self._fitting:
+            return
+        if len(micro) > 1:  # the next batch may fill one
+            tokens = max(tokens, self.cfg.micro_batch_tokens)
+        if (free := free_memory(self.device)) is not None:
+            plan = TrainingPlan(
+                self.model.spec,
+                self.cfg,
+                dtype=self.dtype,
+                ranks=self.world_size,
+                device=self.device.type,
+                entropy_gradient=self.policy.entropy_gradient,
+            )
+            plan.check(tokens, free)
+        self._fitting = tokens
 
     def _padded(self, micro: Sequence[PackedBatch]) -> list[PackedBatch]:
         """As many micro-batches as the rank with the most has."""

@@ -18,7 +18,8 @@ from asystem.data.packing import PackedBatch, Sample, pack
 from asystem.models import Decoder, ModelSpec, init_weights
 from asystem.state import Inbox, Outbox
 from asystem.stats import merge
-from asystem.training import TrainEngine, supervised_loss
+from asystem.training import TrainEngine, TrainingPlan, supervised_loss
+from asystem.training.states import local
 
 WORLD, VOCAB = 2, 23
 SHARES = [[0, 2, 4], [1, 3]]
@@ -35,11 +36,15 @@ CHOICES: dict[str, dict[str, Any]] = {
 TOLERANCE = {"8 bits": 2e-3, "stochastic": 2e-2}
 
 
+def _configured(name: str) -> tuple[TrainingConfig, torch.dtype]:
+    cfg = TrainingConfig(**({"lr": 1e-2, "eps": 1e-3} | CHOICES[name]))
+    return cfg, torch.float32 if cfg.master is Master.float32 else torch.bfloat16
+
+
 def _engine(world_size: int, name: str) -> TrainEngine:
     model = Decoder(SPEC)
     init_weights(model, 0, std=0.2)
-    cfg = TrainingConfig(**({"lr": 1e-2, "eps": 1e-3} | CHOICES[name]))
-    dtype = torch.float32 if cfg.master is Master.float32 else torch.bfloat16
+    cfg, dtype = _configured(name)
     return TrainEngine(model, cfg, device="cpu", dtype=dtype, world_size=world_size, total_steps=10)
 
 
@@ -55,7 +60,14 @@ def _train(engine: TrainEngine, rows: list[int], folder: Path) -> dict[str, Any]
     if engine.cfg.lora.rank > 0:
         engine.save_adapter(folder / "adapter", "some/base")
     stats.append(engine.step(_micro(rows), supervised_loss))
-    return {"stats": stats, "payload": Outbox(engine.model).write()}
+    return {"stats": stats, "payload": Outbox(engine.model).write(), "held": _held(engine)}
+
+
+def _held(engine: TrainEngine) -> tuple[int, int]:
+    """Bytes of this rank's weights and moments."""
+    moments = (tensor for name, tensor in engine.optimizer.tensors().items() if ".exp_avg" in name)
+    first, second = (sum(local(t).nbytes for t in tensors) for tensors in (engine.model.parameters(), moments))
+    return first, second
 
 
 def _rank(rank: int, folder: Path) -> None:
@@ -93,6 +105,14 @@ def test_two_ranks_equal_one_process(folder: Path, tmp_path: Path, name: str) ->
     alone.load(folder / name / "checkpoint")  # of two ranks, by one
     again = alone.step(_micro([0, 1, 2, 3, 4]), supervised_loss).to_dict()
     assert again == pytest.approx(expected["stats"][3].to_dict(), rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_ranks_hold_what_is_planned(folder: Path, name: str) -> None:
+    cfg, dtype = _configured(name)
+    plan = TrainingPlan(SPEC, cfg, dtype=dtype, ranks=WORLD, device="cpu").of(64)
+    held = torch.load(folder / "rank0.pt", weights_only=False)[name]["held"]
+    assert held == (plan.weights, plan.moments)
 
 
 @pytest.mark.parametrize("name", [name for name, changes in CHOICES.items() if "lora" in changes])

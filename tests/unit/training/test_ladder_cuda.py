@@ -11,8 +11,9 @@ from training_helpers import make_samples
 
 from asystem.config import Compile, LoraConfig, Master, Optimizer, Recompute, TrainingConfig
 from asystem.data.packing import pack
+from asystem.errors import CapacityError
 from asystem.models import Decoder, ModelSpec, init_weights
-from asystem.training import TrainEngine, optimizer, supervised_loss
+from asystem.training import TrainEngine, optimizer, supervised_loss, train_memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -79,3 +80,49 @@ def test_compiled_and_recomputed_blocks_follow_eager_ones(recompute: Recompute, 
     lora = LoraConfig(rank=rank)
     compiled = _engine(lora=lora, recompute=recompute, compile=Compile.always)
     assert _losses(compiled, 9) == pytest.approx(_losses(_engine(lora=lora), 9), rel=0.02)
+
+
+MIDDLE = ModelSpec("qwen3", 32_000, 768, 2304, 12, 12, 4, 64, qk_norm=True, tie_embeddings=True)
+PLANNED: dict[str, dict[str, Any]] = {
+    "eager": {"compile": Compile.never},
+    "compiled": {},
+    "selective": {"recompute": Recompute.selective},
+    "full": {"recompute": Recompute.full},
+    "8 bits, stochastic": {"optimizer": Optimizer.adamw8bit, "master": Master.bfloat16_stochastic},
+    "offloaded": {"offload_optimizer": True, "recompute": Recompute.full},
+    "lora": {"lora": LoraConfig(rank=16)},
+}
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_the_peak_of_a_step_is_as_planned(name: str) -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    tokens, dtype = 16_384, torch.bfloat16
+    cfg = TrainingConfig(**({"micro_batch_tokens": tokens, "compile": Compile.always} | PLANNED[name]))
+    with torch.device("cuda"):
+        model = Decoder(MIDDLE).to(dtype)
+    init_weights(model, 0)
+    engine = TrainEngine(model, cfg, device="cuda", dtype=dtype, total_steps=100)
+    batches = pack(make_samples([2045] * 16), budget=tokens)  # two micro-batches
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        engine.step(batches, supervised_loss)
+    plan = train_memory(MIDDLE, cfg, dtype=dtype)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak == pytest.approx(plan.total, rel=0.1), f"planned {plan}, measured {peak}"
+
+
+def test_a_micro_batch_above_the_limit_of_the_process_is_refused() -> None:
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 2**31) / total)  # 2 GiB from here
+    try:
+        with torch.device("cuda"):
+            model = Decoder(MIDDLE).to(torch.bfloat16)
+        init_weights(model, 0)
+        engine = TrainEngine(model, TrainingConfig(), device="cuda", dtype=torch.bfloat16, total_steps=1)
+        with pytest.raises(CapacityError, match=r"beside 1\.\d+ GiB of weights and optimizer states"):
+            engine.step(pack(make_samples([2045] * 16), budget=8192), supervised_loss)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
