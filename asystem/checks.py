@@ -33,7 +33,7 @@ def check(config: Config) -> None:
     """
     is_rl = config.command.value == "train"
     program = (_positions, _algorithm, _rollout, _liveness) if is_rl else (_finetune,)
-    for section in (_run, _model, *program, _training, _lora, _placement, _precision, _others):
+    for section in (_run, _model, *program, _training, _memory, _lora, _placement, _precision, _others):
         for broken, message in section(config):
             if broken:
                 raise ConfigError(message)
@@ -263,6 +263,26 @@ def _training(config: Config) -> Iterator[Rule]:
     yield (
         training.dtype not in ("auto", "float32", "bfloat16"),
         f'training.dtype="{training.dtype}": choose auto, float32 or bfloat16',
+    )
+
+
+def _memory(config: Config) -> Iterator[Rule]:
+    training = config.training
+    is_half = training.dtype == "bfloat16" or (training.dtype == "auto" and config.device != "cpu")
+    yield (
+        training.master.value == "bfloat16_stochastic" and not is_half,
+        f"training.master=bfloat16_stochastic keeps weights in bfloat16, and training.dtype={training.dtype} on device="
+        f"{config.device} is float32: set training.dtype=bfloat16, or training.master=float32",
+    )
+    yield (
+        training.offload_optimizer and config.device == "cpu",
+        "training.offload_optimizer moves states from the GPU to the host's memory, where device=cpu has them already; "
+        "leave it out",
+    )
+    yield (
+        training.offload_optimizer and training.ranks > 1,
+        f"training.offload_optimizer works on one rank, and training.ranks={training.ranks} share the states already: "
+        "leave one of them out",
     )
 
 

@@ -93,6 +93,16 @@ class Compile(Enum):
     never = "never"
 
 
+class Optimizer(Enum):
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"  # moments of matrices in 8 bits
+
+
+class Master(Enum):
+    float32 = "float32"
+    bfloat16_stochastic = "bfloat16_stochastic"  # no copy beside the weights; they, moments, sums round at random
+
+
 class WandbMode(Enum):
     auto = "auto"  # online when a key is set, else offline
     offline = "offline"
@@ -234,8 +244,11 @@ class TrainingConfig:
     clip_norm: float = 1.0
     schedule: Schedule = Schedule.constant
     lr_warmup_steps: int = 0
-    dtype: str = "auto"  # of the forward pass; master weights and reductions are float32
+    dtype: str = "auto"  # of the forward pass; reductions over ranks are float32
     max_bad_steps: int = 5  # steps in a row with a NaN or infinite gradient before the run stops
+    optimizer: Optimizer = Optimizer.adamw
+    master: Master = Master.float32  # how weights are kept between steps
+    offload_optimizer: bool = False  # on CUDA: float32 masters and moments in the host's memory; one rank
     recompute: Recompute = Recompute.none  # which activations the backward pass computes anew
     compile: Compile = Compile.auto  # torch.compile of the blocks, attention left out
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -34,7 +34,7 @@ import torch
 from asystem.config import LoraConfig, Recompute, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack
 from asystem.models import Decoder, ModelSpec, init_weights
-from asystem.training import TrainEngine, supervised_loss
+from asystem.training import TrainEngine, supervised_loss, train_memory
 from asystem.training.flops import train_flops
 
 GIB = 2**30
@@ -155,6 +155,7 @@ def run_case(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
         "times": times[2:],
         "flops": flops[cfg.lora.rank > 0],
         "flops_all": flops[False],
+        "planned": train_memory(spec, cfg, dtype=dtype).total,
         "reserved": torch.cuda.max_memory_reserved() if cuda else None,
         "allocated": torch.cuda.max_memory_allocated() if cuda else None,
     }
@@ -185,6 +186,8 @@ def child(title: str, args: argparse.Namespace) -> dict[str, Any] | str:
         return result
     if "OutOfMemoryError" in done.stderr:
         return "does not fit"
+    if "CapacityError: " in done.stderr:
+        return done.stderr.strip().splitlines()[-1].partition("CapacityError: ")[2]
     print(done.stderr[-4000:], file=sys.stderr)
     return "failed: " + done.stderr.strip().splitlines()[-1]
 
@@ -226,7 +229,7 @@ def rows_of(case: Case, result: dict[str, Any] | str, rate: float) -> list[Row]:
         counted = round(result["flops_all"] / seconds / rate, 3)
         rows.append(row(f"{case.title}: MFU, frozen weights counted as trained", counted, "1"))
     if result["reserved"] is not None:
-        allocated = f"{result['allocated'] / GIB:.2f} GiB of it in tensors"
+        allocated = f"{result['allocated'] / GIB:.2f} GiB of it in tensors, planned {result['planned'] / GIB:.2f}"
         peak = round(result["reserved"] / GIB, 2)
         rows.append(row(f"{case.title}: peak", peak, "GiB", mark=case.gib, better="lower", note=allocated))
     return rows

@@ -4,6 +4,7 @@ from asystem.training.checkpoint import find_checkpoint
 from asystem.training.engine import TrainEngine
 from asystem.training.export import describe_model, export_checkpoint
 from asystem.training.losses import LossFn, supervised_loss
+from asystem.training.memory import TrainingPlan, TrainMemory, train_memory
 from asystem.training.preferences import PreferenceLoss, sequence_sums
 from asystem.training.saving import Saver
 
@@ -12,9 +13,12 @@ __all__ = [
     "PreferenceLoss",
     "Saver",
     "TrainEngine",
+    "TrainMemory",
+    "TrainingPlan",
     "describe_model",
     "export_checkpoint",
     "find_checkpoint",
     "sequence_sums",
     "supervised_loss",
+    "train_memory",
 ]

@@ -9,6 +9,7 @@ idle ones, whose gradient is 0.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,14 +22,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from asystem.config import Schedule, TrainingConfig
+from asystem.config import Master, Schedule, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack_one
-from asystem.errors import TrainingError
+from asystem.errors import ConfigError, TrainingError
 from asystem.models import Decoder, adapter_state, add_lora, load_adapter, save_adapter
 from asystem.stats import Stats
 from asystem.training.blocks import prepare_blocks
 from asystem.training.checkpoint import load_checkpoint, save_checkpoint
 from asystem.training.losses import LossFn
+from asystem.training.memory import TrainingPlan, free_memory
 from asystem.training.optimizer import MasterOptimizer
 from asystem.training.policy import Policy
 from asystem.training.schedule import LearningRate
@@ -40,12 +42,15 @@ class TrainEngine:
     Args:
         model: its parameters become ``dtype`` (one rank) or float32 shards (FSDP2, computing in ``dtype``); with
             ``cfg.lora``, frozen in ``dtype`` beside adapters.
-        dtype: of forward and backward; master weights, gradients' sums and moments are float32.
+        dtype: of forward and backward; `training.optimizer` says how masters, gradients' sums and moments are kept.
         world_size: ranks of the default process group, which stands already when more than 1.
         total_steps: optimizer steps of the schedule.
         temperature: of the distribution that log-probabilities are taken under; the one rollouts are sampled at.
         entropy_gradient: the loss uses the entropy, which costs memory for its gradient.
         seed: of the adapters' first weights.
+
+    Raises:
+        ConfigError: the masters are to be of another dtype than the model.
     """
 
     def __init__(
@@ -63,6 +68,8 @@ class TrainEngine:
     ) -> None:
         self.cfg, self.device, self.dtype, self.world_size = cfg, torch.device(device), dtype, world_size
         self.rank = dist.get_rank() if world_size > 1 else 0
+        if cfg.master is Master.bfloat16_stochastic and dtype is not torch.bfloat16:
+            raise ConfigError(f"training.master=bfloat16_stochastic needs training.dtype=bfloat16, and it is {dtype}")
         self.model = model.to(self.device)
         if cfg.lora.rank > 0:
             _adapt(model, cfg, seed)
@@ -70,11 +77,13 @@ class TrainEngine:
         self.policy = Policy(model, temperature, entropy_gradient=entropy_gradient)
         self.reference: Policy | None = None
         exact = {name: p.detach() for name, p in _trained(model).items()}  # before rounding to ``dtype``
-        for p in model.parameters():  # FSDP's shards of what trains are the float32 masters
-            p.data = p.data.to(torch.float32 if p.requires_grad and world_size > 1 else dtype)
+        for p in model.parameters():  # FSDP's shards of what trains are the masters
+            is_master = p.requires_grad and world_size > 1 and cfg.master is Master.float32
+            p.data = p.data.to(torch.float32 if is_master else dtype)
         if world_size > 1:
             _shard(self.policy, self.device, dtype, world_size)
         self.optimizer = MasterOptimizer(_trained(model), exact, cfg)
+        self._fitting = 0  # tokens of a micro-batch that is known to fit in memory
         self.start_phase(cfg.lr, cfg.schedule, cfg.lr_warmup_steps, total_steps)
 
     def start_phase(self, lr: float, schedule: Schedule, warmup_steps: int, total_steps: int) -> None:
@@ -126,8 +135,8 @@ class TrainEngine:
     def step(self, micro: Sequence[PackedBatch], loss_fn: LossFn) -> Stats:
         """One optimizer step over all micro-batches of all ranks.
 
-        A gradient that is NaN or infinite is dropped and counted (`train/skipped`). Without any micro-batch on any rank
-        nothing happens.
+        A gradient that is NaN or infinite is dropped, counted (`train/skipped`) and logged with the rollouts it may be
+        from. Without any micro-batch on any rank nothing happens.
 
         Returns:
             what ``loss_fn`` reported, `train/loss`, `train/grad_norm` (before clipping), `train/lr`, `train/skipped`
@@ -135,18 +144,19 @@ class TrainEngine:
 
         Raises:
             TrainingError: ``training.max_bad_steps`` steps in a row had such a gradient; names the rollouts.
+            CapacityError: a micro-batch will not fit in the GPU's memory; says which size would.
         """
+        self._check_fits(micro)
         padded = self._padded(micro)
         stats = Stats()
         losses: list[Tensor] = []
         for index, packed in enumerate(padded):
             loss, part = self._forward(packed.to(self.device), loss_fn if index < len(micro) else _idle_loss)
             (loss * self.world_size).backward()  # type: ignore[no-untyped-call]  # FSDP takes the mean over ranks
-            self.optimizer.collect_gradients()
             losses.append(loss.detach())
             stats += part
         if padded:
-            self._finish_step(stats, float(torch.stack(losses).sum()), micro)
+            self._finish_step(stats, torch.stack(losses).tolist(), micro)
         return stats
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -181,6 +191,26 @@ class TrainEngine:
         logprobs, entropy = self.policy(packed)
         return loss_fn(packed, logprobs, entropy)
 
+    def _check_fits(self, micro: Sequence[PackedBatch]) -> None:
+        """Before the first step, so that a run does not end in the middle of a later one; and before larger ones, which
+        single sequences above the limit are."""
+        tokens = max((len(packed.tokens) for packed in micro), default=0)
+        if tokens <= self._fitting:
+            return
+        if len(micro) > 1:  # the next batch may fill one
+            tokens = max(tokens, self.cfg.micro_batch_tokens)
+        if (free := free_memory(self.device)) is not None:
+            plan = TrainingPlan(
+                self.model.spec,
+                self.cfg,
+                dtype=self.dtype,
+                ranks=self.world_size,
+                device=self.device.type,
+                entropy_gradient=self.policy.entropy_gradient,
+            )
+            plan.check(tokens, free)
+        self._fitting = tokens
+
     def _padded(self, micro: Sequence[PackedBatch]) -> list[PackedBatch]:
         """As many micro-batches as the rank with the most has."""
         if self.world_size == 1:
@@ -190,7 +220,7 @@ class TrainEngine:
         idle = pack_one([Sample(prompt_tokens=[0], tokens=[0], token_weight=0.0)])
         return [*micro, *[idle] * (int(count) - len(micro))]
 
-    def _finish_step(self, stats: Stats, loss: float, micro: Sequence[PackedBatch]) -> None:
+    def _finish_step(self, stats: Stats, losses: list[float], micro: Sequence[PackedBatch]) -> None:
         lr = self.lr.at(self.steps)
         norm = self.optimizer.step(lr, self.cfg.clip_norm)
         is_bad = not math.isfinite(norm)
@@ -199,16 +229,26 @@ class TrainEngine:
         # What is the same on all ranks is told by the first, so that adding ranks up leaves it right.
         told = float(self.rank == 0)
         good = told * (not is_bad)
-        stats.add_mean("train/loss", 0.0 if is_bad else loss, good)  # ranks' parts add up to the batch's loss
+        stats.add_mean("train/loss", 0.0 if is_bad else sum(losses), good)  # ranks' parts add up to the batch's loss
         stats.add_mean("train/grad_norm", norm * good if good else 0.0, good)
         stats.add_mean("train/lr", lr * told, told)
         stats.add_sum("train/skipped", told * is_bad)
         stats.add_sum("train/tokens", float(sum(len(packed.tokens) for packed in micro)))
+        if is_bad:
+            self._report_bad_step(losses, micro)
+
+    def _report_bad_step(self, losses: list[float], micro: Sequence[PackedBatch]) -> None:
+        """Names the rollouts of this rank's micro-batches whose loss was not finite; where all were, all of them."""
+        bad = [packed for packed, loss in zip(micro, losses, strict=False) if not math.isfinite(loss)]
+        rollouts = _shortened(sorted(rollout for packed in bad or micro for rollout in packed.rollouts))
+        logging.getLogger("asystem").warning(
+            "rank %d skipped optimizer step %d: NaN or infinite gradient, %d in a row; loss of rollouts %s was %s",
+            self.rank, self.steps - 1, self.bad_steps, rollouts or "none", "not finite" if bad else "finite",
+        )  # fmt: skip
         if self.bad_steps >= self.cfg.max_bad_steps:
-            rollouts = sorted(rollout for packed in micro for rollout in packed.rollouts)
             raise TrainingError(
                 f"{self.bad_steps} steps in a row had a NaN or infinite gradient (training.max_bad_steps="
-                f"{self.cfg.max_bad_steps}); the last one trained rollouts {_shortened(rollouts)}. "
+                f"{self.cfg.max_bad_steps}); the last one trained rollouts {rollouts}. "
                 "Look at them in rollouts/ and at mismatch/*; a lower training.lr is the usual remedy"
             )
 

@@ -1,23 +1,47 @@
-"""AdamW over float32 master weights, whatever dtype the model computes in."""
+"""AdamW over masters and moments that may be kept in fewer bits, or in the host's memory, than it computes with."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
+from torch.optim.adamw import adamw
 
-from asystem.config import TrainingConfig
+from asystem.config import Master, Optimizer, TrainingConfig
+from asystem.training.offload import HostStates
+from asystem.training.states import Dynamic8Bit, Float32, Kind, StochasticBFloat16, local, stochastic_round_
+
+PIECE = 2**24  # elements updated at once where states are not all float32 on the device: 64 MiB for each of four
+KEYS = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")  # master and moments, as checkpoints name them
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a parameter, or of this rank's part of it."""
+
+    name: str
+    start: int
+    rows: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The rows, as a view."""
+        return local(tensor).narrow(0, self.start, self.rows)
 
 
 class MasterOptimizer:
     """Master weights and moments of a model's parameters.
 
-    A float32 parameter (whole, or FSDP's shard) is its own master. One of lower precision has a float32 copy: gradients
-    of micro-batches add up there, and after a step the copy is rounded back into the very tensor that the model
-    holds, which others may read too.
+    A float32 parameter (whole, or FSDP's shard) is its own master; so is a bfloat16 one under
+    ``training.master=bfloat16_stochastic``. Any other of lower precision has a float32 copy, which is rounded after a
+    step into the very tensor that the model holds, which others may read too. Gradients are taken off the parameters
+    during the backward pass; those of micro-batches add up in float32, or in bfloat16 rounded stochastically where
+    masters are.
 
     Args:
         params: the model's parameters by name.
@@ -25,38 +49,37 @@ class MasterOptimizer:
     """
 
     def __init__(self, params: dict[str, nn.Parameter], exact: dict[str, Tensor], cfg: TrainingConfig) -> None:
-        self.params = params
-        self.masters: dict[str, Tensor] = {
-            name: p if p.dtype is torch.float32 else exact[name].detach().float().requires_grad_()
+        self.params, self.cfg = params, cfg
+        device = next(iter(params.values())).device
+        self._host = HostStates(device) if cfg.offload_optimizer and device.type == "cuda" else None
+        self._stochastic = cfg.master is Master.bfloat16_stochastic
+        self._own = {name for name, p in params.items() if p.dtype is torch.float32 or self._stochastic}
+        self.masters = {
+            name: p if name in self._own else self._placed(exact[name].detach().float()) for name, p in params.items()
+        }
+        self._kinds = {name: self._kinds_of(p) for name, p in params.items()}
+        self._states = {
+            name: [(self.masters[name],), *(tuple(map(self._placed, kind.zeros(p))) for kind in self._kinds[name][1:])]
             for name, p in params.items()
         }
-        decayed = [p for p in self.masters.values() if p.ndim >= 2]
-        others = [p for p in self.masters.values() if p.ndim < 2]  # norms and biases
-        groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]], betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True
-        )
+        self._is_plain = self._host is None and all(isinstance(k, Float32) for ks in self._kinds.values() for k in ks)
+        self._steps = torch.zeros(())
+        self._noise = torch.Generator(device=device)
+        self._gradients: dict[str, Tensor] = {}
+        for name, p in params.items():
+            p.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(self._take_gradient, name)
+            )
         self.reset()
 
     def reset(self) -> None:
-        """Moments of zero: a new phase of training. Made here, not at the first step, so that loading can fill them."""
-        for p in self.masters.values():
-            step = torch.zeros((), device=p.device)
-            self._adamw.state[p] = {
-                "step": step,
-                "exp_avg": torch.zeros_like(p, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
-            }
-
-    def collect_gradients(self) -> None:
-        """After each backward: moves gradients of lower precision into the masters' float32 ones."""
-        for name, master in self.masters.items():
-            param = self.params[name]
-            if master is param or param.grad is None:
-                continue
-            grad = param.grad.float()
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
-            param.grad = None
+        """Moments of zero: a new phase of training. Made at once, not at the first step, so that loading fills them."""
+        for _, *moments in self._states.values():
+            for kept in moments:
+                for tensor in kept:
+                    tensor.zero_()
+        self._steps.zero_()
+        self._reseed()
 
     @torch.no_grad()
     def step(self, lr: float, clip_norm: float) -> float:
@@ -65,31 +88,124 @@ class MasterOptimizer:
         Returns:
             the norm of the whole gradient before clipping, the same on all ranks; NaN or infinity = no update was made.
         """
-        grads = [p.grad for p in self.masters.values() if p.grad is not None]
-        total = get_total_norm(grads)
-        total = total.full_tensor() if isinstance(total, DTensor) else total
-        norm = float(total)
+        total = get_total_norm(list(self._gradients.values()))
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if math.isfinite(norm):
-            if clip_norm > 0:
-                clip_grads_with_norm_(list(self.masters.values()), clip_norm, total)
-            for group in self._adamw.param_groups:
-                group["lr"] = lr
-            self._adamw.step()
-            self.publish()
-        self._adamw.zero_grad(set_to_none=True)
+            self._steps += 1
+            scale = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm > 0 else 1.0
+            if self._is_plain:
+                self._update_all(lr, scale)
+            else:
+                for piece, states in self._pieces():
+                    self._update(piece, states, lr, scale)
+        self._gradients.clear()
+        self._reseed()
         return norm
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Rounds the masters into the model's parameters, in place."""
+        """Takes loaded states up: rounds the masters into the model's parameters, in place."""
         for name, master in self.masters.items():
-            if master is not self.params[name]:
+            if name not in self._own:
                 self.params[name].copy_(master)
+        self._reseed()
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to be saved, by name; loading writes into these tensors, then `publish`."""
-        named: dict[str, Tensor] = {}
-        for name, master in self.masters.items():
-            named[f"model.{name}"] = master.detach()
-            named |= {f"optimizer.{kind}.{name}": value for kind, value in self._adamw.state[master].items()}
+        if self._host is not None:
+            self._host.wait()
+        named = {"optimizer.steps": self._steps}
+        for name, states in self._states.items():
+            for key, kept in zip(KEYS, states, strict=True):
+                named |= {f"{key}{'_scale' * place}.{name}": tensor.detach() for place, tensor in enumerate(kept)}
         return named
+
+    def _kinds_of(self, p: nn.Parameter) -> tuple[Kind, Kind, Kind]:
+        """Of the master and the two moments. Norms and biases, which are few, are not kept in 8 bits."""
+        plain: Kind = StochasticBFloat16() if self._stochastic else Float32()
+        if self.cfg.optimizer is Optimizer.adamw8bit and p.ndim >= 2:
+            return plain, Dynamic8Bit(signed=True), Dynamic8Bit(signed=False)
+        return plain, plain, plain
+
+    def _placed(self, state: Tensor) -> Tensor:
+        return state if self._host is None else self._host.place(state)
+
+    def _reseed(self) -> None:
+        """Rounding is a function of the step, so that a resumed run repeats it."""
+        self._noise.manual_seed(int(self._steps))
+
+    def _take_gradient(self, name: str, p: Tensor) -> None:
+        """Called in the backward pass when a parameter's gradient is complete, so that few of them stand at once."""
+        assert p.grad is not None, "called after accumulation"
+        grad, p.grad = p.grad, None
+        held = self._gradients.get(name)
+        if held is None:
+            self._gradients[name] = grad if self._stochastic else grad.float()
+        elif self._stochastic:
+            stochastic_round_(local(held), local(held).float() + local(grad), self._noise)
+        else:
+            held.add_(grad)
+
+    def _update_all(self, lr: float, scale: float) -> None:
+        """Where all is float32 on the device: few launches for all parameters."""
+        for decay in (True, False):
+            names = [name for name in self._gradients if (self.params[name].ndim >= 2) == decay]
+            if not names:
+                continue
+            grads = [local(self._gradients[name]) for name in names]
+            if scale < 1.0:
+                torch._foreach_mul_(grads, scale)
+            columns = zip(*([local(kept[0]) for kept in self._states[name]] for name in names), strict=True)
+            masters, means, squares = map(list, columns)
+            self._adamw(masters, grads, means, squares, lr, decay)
+            for name, master in zip(names, masters, strict=True):
+                if name not in self._own:
+                    local(self.params[name]).copy_(master)
+
+    def _update(self, piece: Piece, states: list[list[Tensor]], lr: float, scale: float) -> None:
+        param, kinds = self.params[piece.name], self._kinds[piece.name]
+        master, mean, square = (kind.read(kept) for kind, kept in zip(kinds, states, strict=True))
+        grad = piece.of(self._gradients[piece.name]).float() * scale
+        self._adamw([master], [grad], [mean], [square], lr, param.ndim >= 2)
+        for kind, kept, values in zip(kinds, states, (master, mean, square), strict=True):
+            kind.write(kept, values, self._noise)
+        if piece.name not in self._own:
+            piece.of(param).copy_(master)
+
+    def _adamw(
+        self,
+        masters: list[Tensor],
+        grads: list[Tensor],
+        means: list[Tensor],
+        squares: list[Tensor],
+        lr: float,
+        decay: bool,
+    ) -> None:
+        """In place. Decay is for matrices, not for norms and biases."""
+        before = torch.full((len(masters),), float(self._steps) - 1, device=masters[0].device)
+        adamw(
+            masters,
+            grads,
+            means,
+            squares,
+            [],
+            list(before.unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=self.cfg.betas[0],
+            beta2=self.cfg.betas[1],
+            lr=lr,
+            weight_decay=self.cfg.weight_decay if decay else 0.0,
+            eps=self.cfg.eps,
+            maximize=False,
+        )
+
+    def _pieces(self) -> Iterator[tuple[Piece, list[list[Tensor]]]]:
+        """All parameters that have a gradient, some rows at a time, with their states on the device."""
+        pieces = []
+        for name in self._gradients:
+            part = local(self.params[name])
+            rows = max(1, PIECE // max(1, part[:1].numel()))
+            pieces += [Piece(name, start, min(rows, len(part) - start)) for start in range(0, len(part), rows)]
+        states = [[[piece.of(tensor) for tensor in kept] for kept in self._states[piece.name]] for piece in pieces]
+        yield from zip(pieces, states if self._host is None else self._host.stream(states), strict=True)

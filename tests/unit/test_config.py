@@ -197,6 +197,7 @@ def changed(config: Config, override: str) -> Config:
         ("model.max_positions=20", "exceed model.max_positions=20: raise it to 22"),
         ("generation.kv_tokens=21", "generation.kv_tokens=21 does not hold one sequence"),
         ("generation.memory_fraction=1.5", "generation.memory_fraction=1.5 must lie in (0, 1]"),
+        ("training.offload_optimizer=true", "where device=cpu has them already"),
         ("training.lora.rank=-1", "training.lora.rank=-1 is below 0"),
         ("training.lora.dropout=1", "training.lora.dropout=1 must lie in [0, 1)"),
         ("training.lora.adapter=a/b", "training.lora.adapter=a/b needs adapters to train: set training.lora.rank"),
@@ -253,6 +254,14 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
         ([], "which recipe?"),
         (["recipe=quickstart", "placement=hybrid", "training.ranks=2"], "use placement=split"),
         (["recipe=quickstart", "runtime=inline", "training.ranks=2"], "use runtime=ray, or training.ranks=1"),
+        (
+            ["recipe=quickstart", "training.master=bfloat16_stochastic"],
+            "on device=cpu is float32: set training.dtype=bfloat16, or",
+        ),
+        (
+            ["recipe=quickstart", "device=auto", "training.ranks=2", "training.offload_optimizer=true"],
+            "training.ranks=2 share the states already",
+        ),
         (
             ["recipe=quickstart", "generation.ranks=3", "generation.tensor_parallel=2"],
             "the ranks of one replica; use 4",

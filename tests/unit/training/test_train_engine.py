@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from dataclasses import replace
@@ -137,6 +138,24 @@ def test_bad_gradients_in_a_row_end_training_and_name_the_rollouts() -> None:
         engine.step([packed], loss_fn)
     with pytest.raises(TrainingError, match=r"2 steps in a row .* rollouts 100, 101\."):
         engine.step([packed], _nan_loss)
+
+
+def test_a_skipped_step_is_logged_with_the_rollouts_whose_loss_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, warnings = make_engine(), []
+    monkeypatch.setattr(logging.getLogger("asystem"), "warning", lambda text, *args: warnings.append(text % args))
+    batches = [pack_one([sample]) for sample in make_samples([4, 6, 5])]
+
+    def second_is_bad(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
+        return (_nan_loss if packed.rollouts == [101] else supervised_loss)(packed, logprobs, entropy)
+
+    engine.step(batches, second_is_bad)
+    assert "skipped optimizer step 0: NaN or infinite gradient, 1 in a row; loss of rollouts 101 was not" in warnings[0]
+
+    def bad_gradient(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
+        return (logprobs.sum() * 0.0).sqrt(), Stats()  # 0, with a gradient of 0 / 0
+
+    engine.step(batches, bad_gradient)
+    assert "step 1: NaN or infinite gradient, 2 in a row; loss of rollouts 100, 101, 102 was finite" in warnings[1]
 
 
 def test_phases_restart_schedule_and_moments() -> None:

@@ -1,0 +1,260 @@
+"""The memory plan of training: what a step takes of each rank's device, known before it runs.
+
+    held        weights, masters, moments; what FSDP2 gathers; places that offloaded states pass through
+    gradients   their sums over micro-batches, and of one in the model's dtype
+    then the larger of
+      activations + the larger of the head's chunk and a block's backward pass, of the largest micro-batch
+      the update of as many values as the optimizer takes at once
+
+Activations a token and layer, in numbers of the model's dtype (D hidden, Q and K the widths of query and key heads,
+F the MLP's): what autograd saves beside weights. Compiled blocks compute silu(gate) again, eager ones keep it too.
+
+    none        4 D + 3 Q + 3 K + 3 F (eager: 4 F)   x, its norm, q k v before and after rotary, what attention made of
+                                                     them, the residual, its norm, gate and up, their product
+    selective   D + 3 Q + 3 K                        and once, of the block computed again, what `none` keeps
+    full        D                                    and the same
+
+The CUDA context, libraries' workspaces and what PyTorch's allocator keeps unused (5 to 10 %) come on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from asystem.config import Compile, Master, Optimizer, Recompute, TrainingConfig
+from asystem.errors import CapacityError
+from asystem.models import Decoder, ModelSpec, add_lora
+from asystem.training.offload import PLACES
+from asystem.training.optimizer import PIECE
+from asystem.training.policy import CHUNK_ELEMENTS
+from asystem.training.states import block_size
+
+STEP = 64  # tokens; sizes of a micro-batch that are proposed are multiples of it
+
+
+@dataclass(frozen=True, slots=True)
+class TrainMemory:
+    """Bytes on one rank's device at a step's peak.
+
+    Attributes:
+        weights, masters, moments: held throughout; masters that are the weights count as weights, offloaded states not.
+        gathered: whole weights of sharded ones while they compute, and places of offloaded states.
+        gradients: sums, and one in the model's dtype. activations: until the backward pass.
+        head: chunks of logits. block: gradients inside one block, and its activations where they are recomputed.
+        update: of the optimizer's arithmetic, when activations are gone.
+        tokens: of the micro-batch.
+    """
+
+    weights: int
+    masters: int
+    moments: int
+    gathered: int
+    gradients: int
+    activations: int
+    head: int
+    block: int
+    update: int
+    tokens: int
+
+    @property
+    def held(self) -> int:
+        """Before and after a step."""
+        return self.weights + self.masters + self.moments
+
+    @property
+    def total(self) -> int:
+        passes = self.activations + max(self.head, self.block)
+        return self.held + self.gathered + self.gradients + max(passes, self.update)
+
+
+def train_memory(spec: ModelSpec, cfg: TrainingConfig, *, dtype: torch.dtype, ranks: int = 1) -> TrainMemory:
+    """What a GPU holds at the peak of a step over micro-batches of ``cfg.micro_batch_tokens``."""
+    return TrainingPlan(spec, cfg, dtype=dtype, ranks=ranks).of(cfg.micro_batch_tokens)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take on a GPU, within its own limit
+    (`torch.cuda.set_per_process_memory_fraction`); None on a CPU, whose memory is no fixed card."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
+    return max(0, min(free + reserved - allocated, limit - allocated))
+
+
+class TrainingPlan:
+    """Plans micro-batches of any size for a `TrainEngine` with these arguments.
+
+    Args:
+        device: cuda, or cpu, which offloads nothing, and whose attention and norms keep more than is counted here.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        cfg: TrainingConfig,
+        *,
+        dtype: torch.dtype,
+        ranks: int = 1,
+        device: str = "cuda",
+        entropy_gradient: bool = False,
+    ) -> None:
+        self.spec, self.cfg, self.dtype, self.ranks = spec, cfg, dtype, ranks
+        self.entropy_gradient = entropy_gradient
+        self.offloads = cfg.offload_optimizer and device == "cuda"
+        self.compiled = cfg.compile is Compile.always or (cfg.compile is Compile.auto and device == "cuda")
+        self.stochastic = cfg.master is Master.bfloat16_stochastic
+        with torch.device("meta"):
+            self.model = Decoder(spec)
+            if cfg.lora.rank > 0:
+                add_lora(self.model, cfg.lora)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+
+    def of(self, tokens: int) -> TrainMemory:
+        """For a largest micro-batch of that many tokens."""
+        kept, whole = self._kept()
+        return TrainMemory(
+            weights=self._weights(),
+            masters=self._masters(),
+            moments=self._moments(),
+            gathered=self._gathered() + self._places(),
+            gradients=self._gradients(),
+            activations=tokens * kept + 3 * tokens * self.spec.hidden_size * self.dtype.itemsize,
+            head=self._head(tokens),
+            block=tokens * whole,
+            update=self._update(),
+            tokens=tokens,
+        )
+
+    def largest(self, capacity: int, below: int) -> int:
+        """The most tokens under ``below``, a multiple of 64, that fit into so many bytes; 0 = none."""
+        low, high = 0, (below - 1) // STEP
+        while low < high:  # every part grows with the tokens
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.of(middle * STEP).total <= capacity else (low, middle - 1)
+        return low * STEP
+
+    def check(self, tokens: int, free: int) -> None:
+        """Refuses a micro-batch that does not fit beside the weights and states, which are there already.
+
+        Args:
+            free: bytes that the device has left.
+
+        Raises:
+            CapacityError: with the largest ``training.micro_batch_tokens`` that would fit, or what else would help.
+        """
+        plan = self.of(tokens)
+        if plan.total - plan.held <= free:
+            return
+        short = (
+            f"a micro-batch of {tokens} tokens (training.micro_batch_tokens={self.cfg.micro_batch_tokens}) needs "
+            f"{_gib(plan.total - plan.held)} beside {_gib(plan.held)} of weights and optimizer states, and "
+            f"{_gib(free)} are free"
+        )
+        if largest := self.largest(free + plan.held, below=tokens):
+            raise CapacityError(f"{short}: set training.micro_batch_tokens={largest} or lower")
+        raise CapacityError(
+            f"{short}: none fits; try training.recompute=full, training.optimizer=adamw8bit, training.lora.rank=16 or "
+            "more training.ranks"
+        )
+
+    def _weights(self) -> int:
+        """Sharded ones that train are the float32 masters, or in the model's dtype where that is how masters are."""
+        sharded_master = self.ranks > 1 and not self.stochastic
+        return sum(
+            self._local(p) * (4 if p.requires_grad and sharded_master else self.dtype.itemsize)
+            for p in self.model.parameters()
+        )
+
+    def _masters(self) -> int:
+        is_copy = self.ranks == 1 and self.dtype is not torch.float32 and not self.stochastic
+        return 4 * self._count() if is_copy and not self.offloads else 0
+
+    def _moments(self) -> int:
+        return 0 if self.offloads else sum(self._moment_bytes(p) for p in self.trained)
+
+    def _moment_bytes(self, p: nn.Parameter) -> int:
+        count = self._local(p)
+        if self.cfg.optimizer is Optimizer.adamw8bit and p.ndim >= 2:
+            return 2 * (count + 4 * count // block_size(p.shape[-1]))
+        return 2 * count * self._state_size()
+
+    def _gradients(self) -> int:
+        """The tied embedding's gradient as a head waits for the one of its lookup: two of the largest at most."""
+        sums = self._count() * self._state_size()
+        passing = 0 if self.dtype is torch.float32 else max(p.numel() for p in self.trained) * self.dtype.itemsize
+        return sums + passing
+
+    def _gathered(self) -> int:
+        """Under FSDP2: embedding, norm and head throughout, two blocks, and one block's gradients in float32."""
+        if self.ranks == 1:
+            return 0
+        whole = sum(p.numel() for p in self.model.parameters())
+        block = sum(p.numel() for p in self.model.layers[0].parameters())
+        trained = sum(p.numel() for p in self.model.layers[0].parameters() if p.requires_grad)
+        root = whole - block * len(self.model.layers)
+        return (root + 2 * block) * self.dtype.itemsize + trained * (4 + self.dtype.itemsize)
+
+    def _places(self) -> int:
+        if not self.offloads:
+            return 0
+        copies = 4 if not self.stochastic and self.dtype is not torch.float32 else 0
+        return PLACES * max(self._at_once(p) * copies + self._moment_bytes(p) * self._at_once(p) // p.numel()
+                            for p in self.trained)  # fmt: skip
+
+    def _update(self) -> int:
+        """Values in float32 beside states that are kept in less, the gradient twice, and 12 bytes to round."""
+        fewer = self.stochastic + 2 * (self.stochastic or self.cfg.optimizer is Optimizer.adamw8bit)
+        if not fewer and not self.offloads:
+            return 0
+        return max(self._at_once(p) for p in self.trained) * (4 * fewer + 8 + (12 if fewer else 0))
+
+    def _kept(self) -> tuple[int, int]:
+        """Bytes a token: of all layers until the backward pass, and inside the one that it is in."""
+        spec, size = self.spec, self.dtype.itemsize
+        d, f, attended = spec.hidden_size, spec.intermediate_size, 3 * spec.q_size + 3 * spec.kv_size
+        sums = 4 * (2 + spec.num_heads + (spec.num_heads + spec.num_kv_heads) * spec.qk_norm)  # of norms and softmax
+        everything = (4 * d + attended + (3 if self.compiled else 4) * f + self._adapted()) * size + sums
+        kept = {
+            Recompute.none: everything,
+            Recompute.selective: (d + attended) * size + 4 * spec.num_heads,
+            Recompute.full: d * size,
+        }[self.cfg.recompute]
+        again = 0 if self.cfg.recompute is Recompute.none else everything
+        return spec.num_layers * kept, again + (2 * d + 4 * f) * size
+
+    def _adapted(self) -> int:
+        """Numbers a token and layer between A and B."""
+        return sum(p.shape[0] for name, p in self.model.layers[0].named_parameters() if name.endswith("lora_A"))
+
+    def _head(self, tokens: int) -> int:
+        """Three float32 [rows, vocabulary] at once, five where the entropy has a gradient, and the gradient of the
+        head's weights of one chunk beside their sum."""
+        rows = min(tokens, max(1, CHUNK_ELEMENTS // self.spec.vocab_size))
+        logits = 4 * (5 if self.entropy_gradient else 3) * rows * self.spec.vocab_size
+        head = self.model.head_weight()
+        return logits + (head.numel() * self.dtype.itemsize * (1 + (tokens > rows)) if head.requires_grad else 0)
+
+    def _state_size(self) -> int:
+        return self.dtype.itemsize if self.stochastic else 4
+
+    def _count(self) -> int:
+        return sum(map(self._local, self.trained))
+
+    def _local(self, p: nn.Parameter) -> int:
+        """Numbers of a parameter on the rank with the most: FSDP2 cuts rows."""
+        return -(-p.shape[0] // self.ranks) * prod(p.shape[1:])
+
+    def _at_once(self, p: nn.Parameter) -> int:
+        """Values of it that the optimizer takes together where it does not take all: whole rows."""
+        width = prod(p.shape[1:])
+        return min(self._local(p), max(1, PIECE // width) * width)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
