@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_attention
+from asystem.generation.kernels.grouped import grouped_tiles
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
 from asystem.generation.kernels.linear import is_skinny, linear, norm_linear, takes_norm
 from asystem.generation.kernels.sampling import draw
@@ -28,7 +29,6 @@ from asystem.generation.runner import EagerRunner, StepContext, head_logits
 from asystem.generation.sampler import sample, uniform
 from asystem.generation.scheduler import Prefill
 from asystem.models.decoder import MLP, Block, Decoder, RMSNorm
-from asystem.models.moe import MoE, is_grouped
 from asystem.models.quantized import QuantizedLinear
 
 _MOST_SPLITS = 32
@@ -39,7 +39,7 @@ _TILING = Tiling(keys=64, warps=4, stages=2)
 
 
 class CapturedRunner:
-    """A `runner.Runner` for CUDA devices and models that `can_capture` allows. Prefills are eager.
+    """A `runner.Runner` for CUDA devices of compute capability 8.0 and up. Prefills are eager.
 
     Parameters may change in place between calls; where they moved, the graphs are captured anew.
     """
@@ -194,7 +194,7 @@ class CapturedRunner:
 def _mlp(block: Block, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """What the block's MLP or experts make of norm(x + y), and x + y."""
     if not isinstance(block.mlp, MLP):
-        return block.mlp(add_rms_norm(x, y, block.mlp_norm.weight, block.mlp_norm.eps)), x
+        return block.mlp(add_rms_norm(x, y, block.mlp_norm.weight, block.mlp_norm.eps), grouped_tiles), x
     gated, x = _norm_project(x, y, block.mlp_norm, block.mlp.gate_up_proj, gate=True)
     return block.reduce(_project(block.mlp.down_proj, gated)), x
 
@@ -228,15 +228,6 @@ def _norm_project(
         return norm_linear(x, y, norm.weight, norm.eps, module.weight, module.bias, _scale(module), swiglu=gate)
     product = _project(module, add_rms_norm(x, y, norm.weight, norm.eps))
     return swiglu(product) if gate else product, x
-
-
-def can_capture(model: Decoder, device: torch.device) -> bool:
-    """Whether a decode step never waits for the host here, as grouped products do where they are not one kernel."""
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return False
-    experts = [block.mlp.experts for block in model.layers if isinstance(block.mlp, MoE)]
-    in_one = torch.cuda.get_device_capability(device)[0] in (9, 10)
-    return all(in_one and is_grouped(e.gate_up) and is_grouped(e.down) for e in experts)
 
 
 class _Sharing(NamedTuple):

@@ -334,11 +334,10 @@ def _runner(
 ) -> Runner:
     """Captured decode steps where the device can run them, else eager ones."""
     exact_head = config.head_dtype == "float32"
-    if config.graphs and rows.device.type == "cuda":
-        from asystem.generation.captured import CapturedRunner, can_capture  # needs Triton, which CPU builds lack
+    if config.graphs and rows.device.type == "cuda" and torch.cuda.get_device_capability(rows.device) >= (8, 0):
+        from asystem.generation.captured import CapturedRunner  # needs Triton, which CPU builds of torch lack
 
-        if can_capture(model, rows.device):
-            return CapturedRunner(model, cache, rows, stop_ids, exact_head=exact_head, routing=routing)
+        return CapturedRunner(model, cache, rows, stop_ids, exact_head=exact_head, routing=routing)
     if config.graphs and is_supported(model, cache.data.dtype, rows.device):
         return CpuRunner(model, cache, rows, stop_ids)
     return EagerRunner(model, cache, rows, stop_ids, exact_head=exact_head, routing=routing)

@@ -10,7 +10,7 @@ dropped, and on a GPU in bfloat16 nothing waits for the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asystem.models.moe_spec import MoESpec
+
+GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `grouped_linear`
 
 
 class Router(nn.Module):
@@ -89,7 +91,7 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.intermediate_size, hidden_size))
         self.down = nn.Parameter(torch.empty(moe.num_experts, hidden_size, moe.intermediate_size))
 
-    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor, product: GroupedProduct) -> Tensor:
         """x [T, D], weights and chosen [T, top_k] -> [T, D]."""
         top_k = chosen.shape[1]
         experts, order = chosen.flatten().sort(stable=True)
@@ -97,8 +99,8 @@ class Experts(nn.Module):
         ends = torch.searchsorted(
             experts, torch.arange(len(self.down), device=x.device), right=True, out_int32=True
         )  # [E], where each expert's rows end
-        gate, up = grouped_linear(x.index_select(0, order // top_k), self.gate_up, ends).chunk(2, dim=-1)
-        rows = grouped_linear(F.silu(gate) * up, self.down, ends)
+        gate, up = product(x.index_select(0, order // top_k), self.gate_up, ends).chunk(2, dim=-1)
+        rows = product(F.silu(gate) * up, self.down, ends)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         parts = rows.index_select(0, back).view(len(x), top_k, -1)
         return (parts * weights[..., None]).sum(1).to(x.dtype)
@@ -117,9 +119,9 @@ class MoE(nn.Module):
         self.experts = Experts(hidden_size, moe)
         self.shared = shared
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, D] -> [T, D]."""
-        out: Tensor = self.experts(x, *self.router(x))
+    def forward(self, x: Tensor, product: GroupedProduct | None = None) -> Tensor:
+        """[T, D] -> [T, D]; `product` in the place of `grouped_linear`."""
+        out: Tensor = self.experts(x, *self.router(x), product or grouped_linear)
         return out if self.shared is None else out + self.shared(x)
 
 
@@ -136,16 +138,11 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """
     if x.is_meta:  # the memory plan's
         return x.new_empty(len(x), weight.shape[1])
-    if is_grouped(weight):
+    is_aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0  # the kernel reads 16 bytes at a time
+    if x.is_cuda and x.dtype is torch.bfloat16 and is_aligned:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     out: Tensor = _in_turn(x, weight, ends)
     return out
-
-
-def is_grouped(weight: Tensor) -> bool:
-    """Whether `grouped_linear` is one kernel for these matrices; it reads 16 bytes at a time."""
-    is_aligned = weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
-    return weight.is_cuda and weight.dtype is torch.bfloat16 and is_aligned
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at numbers of tokens

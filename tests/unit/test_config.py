@@ -272,6 +272,12 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
         ),
         (["recipe=quickstart", "placement=hybrid", "generation.ranks=2"], "use placement=split"),
         (
+            ["recipe=quickstart", "model.experts.count=4"],
+            "needs a family with experts, and model.family=qwen3: use one of",
+        ),
+        (["recipe=quickstart", "model=tiny_moe", "model.experts.count=0"], "model.experts.count=0: set how many"),
+        (["recipe=quickstart", "model.family=qwen_moe"], '"qwen_moe" is unknown'),
+        (
             ["recipe=quickstart", "placement=hybrid", "generation.dtype=int8"],
             "shares them with training: use placement=split or generation.dtype=auto",
         ),

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from asystem.generation.kernels import reference
 from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_attention
+from asystem.generation.kernels.grouped import grouped_tiles
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
 from asystem.generation.kernels.linear import linear, norm_linear
 from asystem.generation.kernels.sampling import draw
@@ -122,6 +123,17 @@ def test_norms_and_swiglu(dtype: torch.dtype, size: int, device: torch.device) -
     assert_close(got_x, want_x)
     gate_up = torch.randn(3, 2 * size, device=device, dtype=dtype)
     assert_close(swiglu(gate_up), reference.swiglu(gate_up))
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize("counts", [[0, 1, 0], [40, 0, 0, 17, 1, 16], [2] * 33])
+@pytest.mark.parametrize(("size", "width"), [(64, 96), (200, 72)])
+def test_grouped_tiles(dtype: torch.dtype, counts: list[int], size: int, width: int, device: torch.device) -> None:
+    ends = torch.tensor(counts, device=device).cumsum(0).int()
+    x = torch.randn(sum(counts), size, device=device, dtype=dtype)
+    weight = torch.randn(len(counts), width, size, device=device, dtype=dtype) * size**-0.5
+    want = torch.cat([rows @ matrix.T for rows, matrix in zip(x.split(counts), weight, strict=True)])
+    assert_close(grouped_tiles(x, weight, ends), want)
 
 
 @pytest.mark.parametrize("dtype", dtypes())
