@@ -118,10 +118,11 @@ class MoE(nn.Module):
         self.router = Router(hidden_size, moe)
         self.experts = Experts(hidden_size, moe)
         self.shared = shared
+        self.product: GroupedProduct = grouped_linear
 
     def forward(self, x: Tensor, product: GroupedProduct | None = None) -> Tensor:
-        """[T, D] -> [T, D]; `product` in the place of `grouped_linear`."""
-        out: Tensor = self.experts(x, *self.router(x), product or grouped_linear)
+        """[T, D] -> [T, D]; `product` in the place of the layer's own."""
+        out: Tensor = self.experts(x, *self.router(x), product or self.product)
         return out if self.shared is None else out + self.shared(x)
 
 
@@ -145,7 +146,6 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # it looks at numbers of tokens
 def _in_turn(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     spans = pairwise([0, *ends.tolist()])
     pieces = ((x[start:end], matrix) for (start, end), matrix in zip(spans, weight.unbind(), strict=True))

@@ -24,9 +24,6 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from asystem.errors import CapacityError, ModelError, TrainingError, nearest
 
@@ -88,6 +85,10 @@ def write_checkpoint(
     Raises:
         TrainingError: a file could not be written, on any rank.
     """
+    # Imported where it is used: it takes a second, in which a run can have started.
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     partial = _partial(folder)
     try:
         with _no_single_process_warning():
@@ -130,6 +131,8 @@ def load_checkpoint(
             raise ModelError(f"checkpoint {folder}: {name} is {saved[name]}, the model's is {tuple(tensor.shape)}")
     if unknown := sorted(saved.keys() - tensors.keys()):
         raise ModelError(f"checkpoint {folder} has {unknown[0]}, which the model has not; it is of another model")
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     with _no_single_process_warning():
         load(dict(tensors), checkpoint_id=folder, no_dist=world_size == 1)
     extra: dict[str, Any] = manifest["extra"]

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from asystem.config import Master, Schedule, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack_one
@@ -128,8 +126,8 @@ class TrainEngine:
         policy.eval()  # without dropout, as generation
         results = [policy(packed.to(self.device))[0] for packed in self._padded(micro)]
         policy.train(not reference)
-        if isinstance(policy, FSDPModule):
-            policy.reshard()  # without a backward the root would keep these weights past the next update
+        if self.world_size > 1:
+            policy.reshard()  # type: ignore[operator]  # else the root keeps these weights past the next update
         return results[: len(micro)]
 
     def step(self, micro: Sequence[PackedBatch], loss_fn: LossFn) -> Stats:
@@ -265,6 +263,10 @@ def _trained(model: Decoder) -> dict[str, nn.Parameter]:
 
 def _shard(policy: Policy, device: torch.device, dtype: torch.dtype, world_size: int) -> None:
     """FSDP2: a unit for each block, and one for embedding, norm and head."""
+    # Imported here: it takes a second, which processes that shard nothing need not wait for.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(device.type, (world_size,))
     # Inputs are not cast, so that rotary tables stay float32, as in decoding.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)

@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
 from asystem.config import Master, Optimizer, TrainingConfig
+from asystem.models import whole
 from asystem.training.offload import HostStates
 from asystem.training.states import Dynamic8Bit, Float32, Kind, StochasticBFloat16, local, stochastic_round_
 
@@ -89,7 +89,7 @@ class MasterOptimizer:
             the norm of the whole gradient before clipping, the same on all ranks; NaN or infinity = no update was made.
         """
         total = get_total_norm(list(self._gradients.values()))
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        norm = float(whole(total))
         if math.isfinite(norm):
             self._steps += 1
             scale = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm > 0 else 1.0

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 LONGEST_BLOCK = 256
 
@@ -126,14 +125,18 @@ def block_size(width: int) -> int:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor itself."""
     tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # Not isinstance: importing DTensor takes a second, which processes without FSDP need not wait for.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _zero_scales(like: Tensor, blocks: int) -> Tensor:
     part = local(like)
     scales = torch.zeros(*part.shape[:-1], blocks, device=part.device)
-    if not isinstance(like, DTensor):
+    if not hasattr(like, "to_local"):
         return scales
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
     whole = torch.empty(*like.shape[:-1], blocks, device="meta")
     return DTensor.from_local(
         scales, like.device_mesh, like.placements, run_check=False, shape=whole.shape, stride=whole.stride()

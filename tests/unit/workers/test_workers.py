@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -216,3 +218,11 @@ def test_references_of_failed_rewards_weigh_nothing(config: Config, tmp_path: Pa
 
 def row_values(row: BatchRow) -> tuple[object, ...]:
     return (row.row, row.rollout, row.group, row.prompt, row.prompt_length, row.length, 0.0, 0.0, "broken")
+
+
+def test_a_process_that_shards_and_compiles_nothing_does_not_wait_for_those_imports() -> None:
+    """Each takes a second of every rank's start."""
+    slow = {"torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"}
+    program = f"import sys, asystem.controller.run, asystem.workers; print(sorted({slow} & set(sys.modules)))"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert ended.stdout == "[]\n"
