@@ -9,20 +9,15 @@ token, `generate` does not. The runs alternate, so that a busy machine slows bot
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from record import Row, cpu_name, row, show, write
 
 from asystem.config import GenerationConfig, ModelConfig
 from asystem.generation import Engine, EngineRequest
@@ -88,41 +83,14 @@ def measure(runs: dict[str, Callable[[], int]], repeats: int) -> dict[str, float
     return rates
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def write(rates: dict[str, float], args: argparse.Namespace) -> Path:
-    ratio = rates["asystem"] / rates["transformers"]
-    device = f"{cpu_name()}, {args.threads} threads"
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+def rows_of(rates: dict[str, float], args: argparse.Namespace) -> list[Row]:
     note = f"batch {args.batch}, {PROMPT} prompt and {args.new_tokens} new tokens, 4 layers of 128, vocabulary 259"
-    row = {"unit": "tokens/s", "mark": None, "better": "higher", "note": note}
-    result = {
-        "study": "cpu-generation",
-        "device": device,
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit,
-        "command": f"python {' '.join(sys.argv)}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "rows": [
-            {"name": "asystem", "value": round(rates["asystem"]), **row},
-            {"name": "transformers generate", "value": round(rates["transformers"]), **row},
-            {"name": "ratio", "value": round(ratio, 2), **row, "unit": "times", "mark": MARK},
-        ],
-    }
-    slug = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
-    path = Path(__file__).parent / "results" / f"cpu-generation-{slug}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    return path
+    ratio = rates["asystem"] / rates["transformers"]
+    return [
+        row("asystem", rates["asystem"], "tokens/s", note=note),
+        row("transformers generate", rates["transformers"], "tokens/s", note=note),
+        row("ratio", ratio, "times", mark=MARK, note=note),
+    ]
 
 
 def main() -> None:
@@ -134,11 +102,11 @@ def main() -> None:
     prompts = rng.integers(0, model.spec.vocab_size, (args.batch // args.group, PROMPT)).repeat(args.group, axis=0)
     runs = {"asystem": native(model, prompts, args), "transformers": reference(model, prompts, args)}
     rates = measure(runs, args.repeats)
-    for name, rate in rates.items():
-        print(f"{name:14} {rate:9,.0f} tokens/s   {1e3 * args.batch / rate:6.2f} ms a token of the batch")
-    print(f"ratio          {rates['asystem'] / rates['transformers']:9.2f}            mark: {MARK:.1f}")
+    rows = rows_of(rates, args)
+    show(rows)
     if args.write:
-        print(f"written to {write(rates, args)}")
+        device = f"{cpu_name()}, {args.threads} threads"
+        print(f"written to {write('cpu-generation', device, rows, packages=['transformers'])}")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+
+from record import Row, cpu_name, row, show, write
 
 MARK = 2.0  # times TRL's rate
 
@@ -100,51 +99,21 @@ def median(turns: list[dict[str, float]], name: str) -> float | None:
     return statistics.median(turn[name] for turn in turns) if turns else None
 
 
-def rows_of(mine: list[dict[str, float]], trl: list[dict[str, float]]) -> list[dict[str, Any]]:
+def rows_of(mine: list[dict[str, float]], trl: list[dict[str, float]]) -> list[Row]:
     rows = []
+    note = f"median of {len(mine)} turns"
     labels = {"rate": ("whole step", "tokens/s", "higher"), "generation": ("generation alone", "tokens/s", "higher"),
               "step": ("whole step", "s", "lower")}  # fmt: skip
     for name, (label, unit, better) in labels.items():
         a, b = median(mine, name), median(trl, name)
         assert a is not None
-        for who, value in (("asystem", a), ("TRL", b)):
-            shown = None if value is None else round(value, 4)
-            rows.append({"name": f"{who}: {label}", "value": shown, "unit": unit, "mark": None, "better": better,
-                         "note": "not run" if value is None else f"median of {len(mine)} turns"})  # fmt: skip
+        rows.append(row(f"asystem: {label}", a, unit, better=better, note=note))
+        rows.append(row(f"TRL: {label}", b, unit, better=better, note=note))
         if name != "step":
-            ratio = None if b is None else round(a / b, 2)
-            rows.append({"name": f"ratio: {label}", "value": ratio, "unit": "times", "mark": MARK, "better": "higher",
-                         "note": "generated tokens a second, asystem over TRL"})  # fmt: skip
+            ratio = None if b is None else a / b
+            over = "generated tokens a second, asystem over TRL"
+            rows.append(row(f"ratio: {label}", ratio, "times", mark=MARK, note=over))
     return rows
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def write(rows: list[dict[str, Any]], args: argparse.Namespace, trl: str | None) -> Path:
-    import torch
-
-    device = f"{cpu_name()}, {args.threads} threads"
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    options = f"--steps {args.steps} --turns {args.turns} --threads {args.threads}"
-    study = {
-        "study": "cpu-step",
-        "device": device,
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit,
-        "command": f"python benchmarks/cpu_step.py {options} --trl-python PATH --trl-script PATH --write",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "trl": trl},
-        "rows": rows,
-    }
-    slug = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
-    path = Path(__file__).parent / "results" / f"cpu-step-{slug}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(study, indent=2) + "\n")
-    return path
 
 
 def main() -> None:
@@ -157,11 +126,10 @@ def main() -> None:
                 trl.append(theirs(args, Path(name)))
             mine.append(ours(args, Path(name)))
     rows = rows_of(mine, trl)
-    for row in rows:
-        value = "-" if row["value"] is None else f"{row['value']:,}"
-        print(f"{row['name']:28} {value:>12} {row['unit']:9} {row['mark'] or ''}")
+    show(rows)
     if args.write:
-        print(f"written to {write(rows, args, str(trl[0]['trl']) if trl else None)}")
+        version = {"trl": str(trl[0]["trl"])} if trl else {}
+        print(f"written to {write('cpu-step', f'{cpu_name()}, {args.threads} threads', rows, versions=version)}")
 
 
 if __name__ == "__main__":

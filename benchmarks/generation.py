@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from record import Row, row, show, write
 
 from asystem.config import GenerationConfig
 from asystem.generation import Engine, EngineRequest
@@ -259,15 +257,6 @@ def vllm_child(case: Case, folder: str) -> None:
     print(f"rate {best:.0f}", flush=True)
 
 
-Row = dict[str, Any]
-
-
-def row(
-    name: str, value: float | None, unit: str, *, mark: float | None = None, better: str = "higher", note: str = ""
-) -> Row:
-    return {"name": name, "value": value, "unit": unit, "mark": mark, "better": better, "note": note}
-
-
 def rows_of(case: Case, result: Result | None, bandwidth: float) -> list[Row]:
     spec = SHAPES[case.shape]
     moved = step_bytes(case, spec)
@@ -290,27 +279,6 @@ def rows_of(case: Case, result: Result | None, bandwidth: float) -> list[Row]:
         row(f"{case.name}: fraction of the copy bandwidth", of(fraction, 3), "1", mark=case.bandwidth_mark,
             note="bytes a step over the time of a step"),
     ]  # fmt: skip
-
-
-def write(rows: list[Row]) -> Path:
-    device = torch.cuda.get_device_name()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    import triton
-
-    study = {
-        "study": "generation",
-        "device": device,
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit or os.environ.get("COMMIT", ""),
-        "command": f"python {' '.join(sys.argv)}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
-        "rows": rows,
-    }
-    slug = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
-    path = Path(__file__).parent / "results" / f"generation-{slug}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(study, indent=2) + "\n")
-    return path
 
 
 def start_rows(case: Case, model: Decoder, cold: bool) -> list[Row]:
@@ -345,12 +313,6 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def show(rows: list[Row]) -> None:
-    for line in rows:
-        value = "-" if line["value"] is None else f"{line['value']:,}"
-        print(f"{line['name']:60} {value:>12} {line['unit']:10} {line['mark'] or ''}", flush=True)
-
-
 def main() -> None:
     args = parse()
     cases = [case for case in CASES if args.only is None or case.name in args.only]
@@ -379,7 +341,7 @@ def main() -> None:
     rows += vllm_rows(w1, ours, args.vllm)
     show(rows[-2:])
     if args.write:
-        print(f"written to {write(rows)}")
+        print(f"written to {write('generation', torch.cuda.get_device_name(), rows, packages=['triton', 'vllm'])}")
 
 
 if __name__ == "__main__":

@@ -12,18 +12,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import copy
-import json
-import platform
-import subprocess
-import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from record import Row, cpu_name, row, show, slug, write
 from torch import Tensor
 
 from asystem.compose import load_config
@@ -45,7 +40,6 @@ WAYS: dict[str, tuple[torch.dtype, torch.dtype | None, bool]] = {  # compute dty
     "float32, fp8 weights": (F32, FP8, False),
     "bfloat16, fp8 weights": (BF16, FP8, False),
 }
-Row = dict[str, Any]
 
 
 def warmed_up(device: str) -> tuple[Decoder, list[Trajectory]]:
@@ -88,7 +82,9 @@ def mismatch(device: str) -> list[Row]:
         other = copy.deepcopy(model).to(dtype)
         off = (scored(other if kind is None else quantize(other, kind), trajectories, exact) - want).abs()
         for figure, value in (("mean", off.mean()), ("max", off.max())):
-            rows.append(row(f"{name}: {figure} difference", round(float(value), 4), "nats", f"{len(off)} tokens"))
+            rows.append(
+                row(f"{name}: {figure} difference", float(value), "nats", better="lower", note=f"{len(off)} tokens")
+            )
     return rows
 
 
@@ -108,9 +104,7 @@ def speed() -> list[Row]:
             stop_ids=[], seed=0, max_length=256,
         )  # fmt: skip
         for batch in (1, 32, 256):
-            rows.append(
-                row(f"{name}: batch {batch}", round(max(rate(engine, batch) for _ in range(4))), "tokens/s", "")
-            )
+            rows.append(row(f"{name}: batch {batch}", max(rate(engine, batch) for _ in range(4)), "tokens/s"))
         del engine, model
         torch.cuda.empty_cache()
     return rows
@@ -125,46 +119,16 @@ def rate(engine: Engine, batch: int) -> float:
     return engine.decode().generated / (time.perf_counter() - start)
 
 
-def row(name: str, value: float, unit: str, note: str) -> Row:
-    better = "lower" if unit == "nats" else "higher"
-    return {"name": name, "value": value, "unit": unit, "mark": None, "better": better, "note": note}
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def write(rows: list[Row], device: str) -> Path:
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-    label = name if device == "cuda" else "cpu"
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    result = {
-        "study": "precision",
-        "device": name,
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit,
-        "command": f"python {' '.join(sys.argv)}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "rows": rows,
-    }
-    path = Path(__file__).parent / "results" / f"precision-{'-'.join(label.lower().split())}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    return path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/precision-<device>.json")
     args = parser.parse_args()
     rows = mismatch(args.device) + (speed() if args.device == "cuda" else [])
-    for each in rows:
-        print(f"{each['name']:55} {each['value']:12,} {each['unit']}")
+    show(rows)
     if args.write:
-        print(f"written to {write(rows, args.device)}")
+        device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
+        print(f"written to {write('precision', device, rows, name=slug(device) if args.device == 'cuda' else 'cpu')}")
 
 
 if __name__ == "__main__":

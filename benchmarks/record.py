@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,9 +17,11 @@ Row = dict[str, Any]
 FOLDER = Path(__file__).parent / "results"
 
 
-def row(name: str, value: float | None, unit: str, *, mark: float | None = None, better: str, note: str = "") -> Row:
-    """A figure of three digits; ``mark`` is what was aimed at, ``better`` is higher or lower."""
-    figure = None if value is None else float(f"{value:.3g}")
+def row(
+    name: str, value: float | None, unit: str, *, mark: float | None = None, better: str = "higher", note: str = ""
+) -> Row:
+    """A figure of four digits, None = not run; ``mark`` is what was aimed at, ``better`` is higher or lower."""
+    figure = None if value is None else float(f"{value:.4g}")
     return {"name": name, "value": figure, "unit": unit, "mark": mark, "better": better, "note": note}
 
 
@@ -28,7 +30,7 @@ def show(rows: Sequence[Row]) -> None:
     for each in rows:
         value = "not run" if each["value"] is None else f"{each['value']:,g}"
         mark = "" if each["mark"] is None else f"mark {each['mark']:g}"
-        print(f"{each['name']:72} {value:>12} {each['unit']:12} {mark:12} {each['note']}", flush=True)
+        print(f"{each['name']:72} {value:>12} {each['unit']:10} {mark:10} {each['note']}".rstrip(), flush=True)
 
 
 def cpu_name() -> str:
@@ -44,12 +46,18 @@ def slug(device: str) -> str:
 
 
 def write(
-    study: str, device: str, rows: Sequence[Row], *, packages: Sequence[str] = (), name: str | None = None
+    study: str,
+    device: str,
+    rows: Sequence[Row],
+    *,
+    packages: Sequence[str] = (),
+    versions: Mapping[str, str] | None = None,
+    name: str | None = None,
 ) -> Path:
     """Writes a study's results.
 
     Args:
-        packages: distributions whose versions count, beside Python and torch.
+        packages: distributions whose versions count, beside Python and torch; ``versions`` of others.
         name: the file's device; None = made from ``device``.
     """
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
@@ -59,7 +67,9 @@ def write(
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit or os.environ.get("COMMIT", ""),
         "command": f"python {' '.join(sys.argv)}",
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in ("torch", *packages)},
+        "versions": {"python": platform.python_version()}
+        | {p: _version(p) for p in ("torch", *packages)}
+        | dict(versions or {}),
         "rows": list(rows),
     }
     path = FOLDER / f"{study}-{name or slug(device)}.json"
