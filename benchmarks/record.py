@@ -61,15 +61,14 @@ def write(
         name: the file's device; None = made from ``device``.
     """
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    known = {package: _version(package) for package in ("torch", *packages)}
     result = {
         "study": study,
         "device": device,
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit or os.environ.get("COMMIT", ""),
         "command": f"python {' '.join(sys.argv)}",
-        "versions": {"python": platform.python_version()}
-        | {p: _version(p) for p in ("torch", *packages)}
-        | dict(versions or {}),
+        "versions": {"python": platform.python_version()} | known | dict(versions or {}),
         "rows": list(rows),
     }
     path = FOLDER / f"{study}-{name or slug(device)}.json"
