@@ -28,7 +28,7 @@ from torch import nn
 
 from asystem.config import Compile, Master, Optimizer, Recompute, TrainingConfig
 from asystem.errors import CapacityError
-from asystem.models import Decoder, ModelSpec, add_lora
+from asystem.models import Decoder, FrozenLinear, ModelSpec, add_lora
 from asystem.training.offload import PLACES
 from asystem.training.optimizer import PIECE
 from asystem.training.policy import CHUNK_ELEMENTS
@@ -127,7 +127,7 @@ class TrainingPlan:
             gradients=self._gradients(),
             activations=tokens * kept + 3 * tokens * self.spec.hidden_size * self.dtype.itemsize,
             head=self._head(tokens),
-            block=tokens * whole,
+            block=tokens * whole + self._dense(),
             update=self._update(),
             tokens=tokens,
         )
@@ -168,9 +168,13 @@ class TrainingPlan:
         """Sharded ones that train are the float32 masters, or in the model's dtype where that is how masters are."""
         sharded_master = self.ranks > 1 and not self.stochastic
         return sum(
-            self._local(p) * (4 if p.requires_grad and sharded_master else self.dtype.itemsize)
+            self._local(p) * (4 if p.requires_grad and sharded_master else self._size(p))
             for p in self.model.parameters()
         )
+
+    def _size(self, p: nn.Parameter) -> int:
+        """Bytes of one of its numbers where the model computes: a frozen matrix may be in fewer bits."""
+        return self.dtype.itemsize if p.is_floating_point() else p.element_size()
 
     def _masters(self) -> int:
         is_copy = self.ranks == 1 and self.dtype is not torch.float32 and not self.stochastic
@@ -244,6 +248,16 @@ class TrainingPlan:
     def _adapted(self, index: int) -> int:
         """Numbers a token between A and B in a layer."""
         return sum(p.shape[0] for name, p in self.model.layers[index].named_parameters() if name.endswith("lora_A"))
+
+    def _dense(self) -> int:
+        """The largest frozen matrix made whole out of fewer bits, and numbers of pairs on the way."""
+        if self.cfg.lora.rank == 0 or self.cfg.lora.base == "auto":
+            return 0
+        return max(
+            module.in_features * module.out_features * (2 * self.dtype.itemsize + 2)
+            for module in self.model.modules()
+            if isinstance(module, FrozenLinear)
+        )
 
     def _head(self, tokens: int) -> int:
         """Three float32 [rows, vocabulary] at once, five where the entropy has a gradient, and the gradient of the

@@ -29,6 +29,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "stochastic": STOCHASTIC,
     "stochastic, 8 bits": STOCHASTIC | {"optimizer": Optimizer.adamw8bit},
     "lora": {"dtype": HALF, "lora": LoraConfig(rank=3)},
+    "lora, int8 base": {"dtype": HALF, "lora": LoraConfig(rank=3, base="int8")},
+    "lora, nf4 base": {"dtype": HALF, "lora": LoraConfig(rank=3, base="nf4")},
     "lora, 8 bits": {"dtype": HALF, "lora": LoraConfig(rank=3), "optimizer": Optimizer.adamw8bit},
 }
 
