@@ -291,6 +291,16 @@ def _lora(config: Config) -> Iterator[Rule]:
     yield _at_least("training.lora.rank", lora.rank, 0)
     yield _above("training.lora.alpha", lora.alpha, 0)
     yield not 0 <= lora.dropout < 1, f"training.lora.dropout={lora.dropout:g} must lie in [0, 1)"
+    yield lora.base not in ("auto", "int8", "nf4"), f'training.lora.base="{lora.base}": choose auto, int8 or nf4'
+    yield (
+        lora.base != "auto" and lora.rank == 0,
+        f"training.lora.base={lora.base} keeps matrices that do not train: set training.lora.rank above 0",
+    )
+    yield (
+        lora.base != "auto" and config.training.ranks > 1,
+        f"training.lora.base={lora.base} works on one rank, and training.ranks={config.training.ranks} share the base "
+        "already: leave one of them out",
+    )
     yield lora.rank > 0 and not lora.targets, "training.lora.targets is empty: nothing would train"
     yield (
         lora.adapter is not None and lora.rank == 0,

@@ -229,6 +229,7 @@ class LoraConfig:
     alpha: float = 32.0  # the adapters' part is scaled by alpha / rank
     dropout: float = 0.0  # of the adapters' input
     targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # Hugging Face names of linear layers
+    base: str = "auto"  # how adapted matrices are kept: auto = in training.dtype | int8 | nf4
     adapter: str | None = None  # PEFT folder to start from; null = adapters that change nothing yet
 
 

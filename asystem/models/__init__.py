@@ -2,6 +2,7 @@
 
 from asystem.models.attention import PackedAttention
 from asystem.models.decoder import Attend, Block, Decoder, init_weights
+from asystem.models.frozen import FrozenLinear
 from asystem.models.hf import check_folder, from_hf_state, load_model, save_model, to_hf_state
 from asystem.models.lora import PlainWeight, add_lora, merge, merged_copy, plain_weights, refresh_merged, whole
 from asystem.models.moe_spec import MoESpec
@@ -18,6 +19,7 @@ __all__ = [
     "Box",
     "Decoder",
     "MoESpec",
+    "FrozenLinear",
     "ModelSpec",
     "PackedAttention",
     "Piece",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from asystem.config import LoraConfig
 from asystem.errors import ModelError, nearest
 from asystem.models.decoder import Decoder
+from asystem.models.frozen import FrozenLinear
 from asystem.models.hf import layout
 from asystem.models.pieces import Box, local_piece
 from asystem.models.spec import ModelSpec
@@ -47,13 +48,15 @@ class LoraLinear(nn.Module):
         parts: of its rows, in order, at least one adapted.
     """
 
-    def __init__(self, base: nn.Linear, parts: Sequence[Part], rank: int, alpha: float, dropout: float) -> None:
+    def __init__(
+        self, base: nn.Linear | FrozenLinear, parts: Sequence[Part], rank: int, alpha: float, dropout: float
+    ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.parts, self.rank, self.scale, self.dropout = tuple(parts), rank, alpha / rank, dropout
         self._adapted = [part for part in parts if part.adapted]
         self._rows = [part.rows for part in self._adapted]
-        device = base.weight.device
+        device = next(base.parameters()).device
         self.lora_A = nn.Parameter(torch.empty(len(self._rows) * rank, base.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(sum(self._rows), rank, device=device))
 
@@ -81,10 +84,25 @@ class LoraLinear(nn.Module):
 
     def merged(self) -> Tensor:
         """W + (alpha / rank) B A, [out, in] float32. Collective where weights are sharded."""
-        return whole(self.base.weight).float() + self.delta()
+        base = self.base.dense() if isinstance(self.base, FrozenLinear) else whole(self.base.weight)
+        return base.float() + self.delta()
+
+    @property
+    def box(self) -> Box:
+        """Where this rank's part of the matrix lies in the whole."""
+        if isinstance(self.base, FrozenLinear):  # of one rank
+            return Box.whole((self.base.out_features, self.base.in_features))
+        return local_piece(self.base.weight)[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the matrix is multiplied in."""
+        return self.base.scale.dtype if isinstance(self.base, FrozenLinear) else self.base.weight.dtype
 
     def local_merged(self) -> tuple[Box, Tensor]:
         """This rank's part of `merged`, and where it lies. Collective where adapters are sharded."""
+        if isinstance(self.base, FrozenLinear):
+            return self.box, self.merged()
         box, base = local_piece(self.base.weight)
         return box, base.float() + box.of(self.delta(), (0, 0))
 
@@ -105,10 +123,14 @@ class LoraLinear(nn.Module):
         return torch.cat(pieces, dim=-1)
 
 
-def add_lora(model: Decoder, cfg: LoraConfig, *, seed: int = 0) -> None:
-    """Freezes a decoder and puts adapters beside the matrices that ``cfg.targets`` names, in place.
+def add_lora(model: Decoder, cfg: LoraConfig, *, seed: int = 0, device: torch.device | None = None) -> None:
+    """Freezes a decoder and puts adapters beside the matrices that ``cfg.targets`` names, in place; ``cfg.base`` says
+    in how many bits these are kept.
 
     Experts of a mixture, whose matrices are stacked, get none.
+
+    Args:
+        device: where adapted matrices go, one at a time, and are quantised; None = where they are.
 
     Raises:
         ModelError: a target that the model has not.
@@ -118,7 +140,9 @@ def add_lora(model: Decoder, cfg: LoraConfig, *, seed: int = 0) -> None:
     for name, parts in _matrices(model.spec, cfg.targets).items():
         linear = model.get_submodule(name)
         if isinstance(linear, nn.Linear) and any(part.adapted for part in parts):
-            adapted = LoraLinear(linear, parts, cfg.rank, cfg.alpha, cfg.dropout)
+            linear = linear.to(device)
+            base = linear if cfg.base == "auto" else FrozenLinear(linear, cfg.base)
+            adapted = LoraLinear(base, parts, cfg.rank, cfg.alpha, cfg.dropout)
             adapted.reset(seed)
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, adapted)
@@ -159,7 +183,7 @@ class PlainWeight:
     @property
     def box(self) -> Box:
         """Where this rank's part of it lies in the whole."""
-        return local_piece(self.source.base.weight if isinstance(self.source, LoraLinear) else self.source)[0]
+        return self.source.box if isinstance(self.source, LoraLinear) else local_piece(self.source)[0]
 
     def local(self) -> tuple[Box, Tensor]:
         """What this rank has of it, and where in the whole that lies. Collective where adapters are sharded."""
@@ -176,8 +200,9 @@ def plain_weights(model: nn.Module) -> list[PlainWeight]:
     for name, module in modules.items():
         if isinstance(module, LoraLinear):
             shape = (sum(part.rows for part in module.parts), module.base.in_features)
-            weights.append(PlainWeight(f"{name}.weight", shape, module.base.weight.dtype, module))
-            named = [] if module.base.bias is None else [(f"{name}.bias", module.base.bias)]
+            weights.append(PlainWeight(f"{name}.weight", shape, module.dtype, module))
+            own = module.base.named_parameters(recurse=False)
+            named = [(f"{name}.bias", param) for leaf, param in own if leaf == "bias"]
         elif id(module) in frozen:
             continue
         else:

@@ -68,16 +68,17 @@ class TrainEngine:
         self.rank = dist.get_rank() if world_size > 1 else 0
         if cfg.master is Master.bfloat16_stochastic and dtype is not torch.bfloat16:
             raise ConfigError(f"training.master=bfloat16_stochastic needs training.dtype=bfloat16, and it is {dtype}")
-        self.model = model.to(self.device)
         if cfg.lora.rank > 0:
-            _adapt(model, cfg, seed)
+            _adapt(model, cfg, seed, self.device)
+        self.model = model.to(self.device)
         prepare_blocks(model, cfg, self.device)
         self.policy = Policy(model, temperature, entropy_gradient=entropy_gradient)
         self.reference: Policy | None = None
         exact = {name: p.detach() for name, p in _trained(model).items()}  # before rounding to ``dtype``
         for p in model.parameters():  # FSDP's shards of what trains are the masters
             is_master = p.requires_grad and world_size > 1 and cfg.master is Master.float32
-            p.data = p.data.to(torch.float32 if is_master else dtype)
+            if p.is_floating_point():
+                p.data = p.data.to(torch.float32 if is_master else dtype)
         if world_size > 1:
             _shard(self.policy, self.device, dtype, world_size)
         self.optimizer = MasterOptimizer(_trained(model), exact, cfg)
@@ -251,8 +252,8 @@ class TrainEngine:
             )
 
 
-def _adapt(model: Decoder, cfg: TrainingConfig, seed: int) -> None:
-    add_lora(model, cfg.lora, seed=seed)
+def _adapt(model: Decoder, cfg: TrainingConfig, seed: int, device: torch.device) -> None:
+    add_lora(model, cfg.lora, seed=seed, device=device)
     if cfg.lora.adapter is not None:
         load_adapter(model, cfg.lora.adapter)
 

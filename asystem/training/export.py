@@ -83,7 +83,7 @@ def _merged(checkpoint: Path, described: dict[str, Any], dtype: torch.dtype) -> 
         model = load_model(described["base"])
     except ModelError as error:
         raise ModelError(f"checkpoint {checkpoint} holds adapters to {described['base']}: {error}") from None
-    add_lora(model, LoraConfig(**described["lora"]))
+    add_lora(model, LoraConfig(**(described["lora"] | {"base": "auto"})))  # into the folder's own numbers
     adapters = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     load_checkpoint(checkpoint, adapters, world_size=1, part="model.")
     return merge(model, dtype)

@@ -14,6 +14,7 @@ F the MLP's): what autograd saves beside weights. Compiled blocks compute silu(g
     selective   D + 3 Q + 3 K                        and once, of the block computed again, what `none` keeps
     full        D                                    and the same
 
+Experts keep for each of a token's k chosen ones 2 D + 3 I (eager: 4 I), and the router its input in float32.
 The CUDA context, libraries' workspaces and what PyTorch's allocator keeps unused (5 to 10 %) come on top.
 """
 
@@ -27,7 +28,7 @@ from torch import nn
 
 from asystem.config import Compile, Master, Optimizer, Recompute, TrainingConfig
 from asystem.errors import CapacityError
-from asystem.models import Decoder, ModelSpec, add_lora
+from asystem.models import Decoder, FrozenLinear, ModelSpec, add_lora
 from asystem.training.offload import PLACES
 from asystem.training.optimizer import PIECE
 from asystem.training.policy import CHUNK_ELEMENTS
@@ -126,7 +127,7 @@ class TrainingPlan:
             gradients=self._gradients(),
             activations=tokens * kept + 3 * tokens * self.spec.hidden_size * self.dtype.itemsize,
             head=self._head(tokens),
-            block=tokens * whole,
+            block=tokens * whole + self._dense(),
             update=self._update(),
             tokens=tokens,
         )
@@ -167,9 +168,13 @@ class TrainingPlan:
         """Sharded ones that train are the float32 masters, or in the model's dtype where that is how masters are."""
         sharded_master = self.ranks > 1 and not self.stochastic
         return sum(
-            self._local(p) * (4 if p.requires_grad and sharded_master else self.dtype.itemsize)
+            self._local(p) * (4 if p.requires_grad and sharded_master else self._size(p))
             for p in self.model.parameters()
         )
+
+    def _size(self, p: nn.Parameter) -> int:
+        """Bytes of one of its numbers where the model computes: a frozen matrix may be in fewer bits."""
+        return self.dtype.itemsize if p.is_floating_point() else p.element_size()
 
     def _masters(self) -> int:
         is_copy = self.ranks == 1 and self.dtype is not torch.float32 and not self.stochastic
@@ -185,7 +190,7 @@ class TrainingPlan:
         return 2 * count * self._state_size()
 
     def _gradients(self) -> int:
-        """The tied embedding's gradient as a head waits for the one of its lookup: two of the largest at most."""
+        """Sums, and the largest one on its way to them: a tied embedding's waits from the head to the lookup."""
         sums = self._count() * self._state_size()
         passing = 0 if self.dtype is torch.float32 else max(p.numel() for p in self.trained) * self.dtype.itemsize
         return sums + passing
@@ -194,10 +199,10 @@ class TrainingPlan:
         """Under FSDP2: embedding, norm and head throughout, two blocks, and one block's gradients in float32."""
         if self.ranks == 1:
             return 0
-        whole = sum(p.numel() for p in self.model.parameters())
-        block = sum(p.numel() for p in self.model.layers[0].parameters())
-        trained = sum(p.numel() for p in self.model.layers[0].parameters() if p.requires_grad)
-        root = whole - block * len(self.model.layers)
+        layers = [list(layer.parameters()) for layer in self.model.layers]
+        block = max(sum(p.numel() for p in layer) for layer in layers)
+        trained = max(sum(p.numel() for p in layer if p.requires_grad) for layer in layers)
+        root = sum(p.numel() for p in self.model.parameters()) - sum(p.numel() for layer in layers for p in layer)
         return (root + 2 * block) * self.dtype.itemsize + trained * (4 + self.dtype.itemsize)
 
     def _places(self) -> int:
@@ -217,20 +222,42 @@ class TrainingPlan:
     def _kept(self) -> tuple[int, int]:
         """Bytes a token: of all layers until the backward pass, and inside the one that it is in."""
         spec, size = self.spec, self.dtype.itemsize
-        d, f, attended = spec.hidden_size, spec.intermediate_size, 3 * spec.q_size + 3 * spec.kv_size
-        sums = 4 * (2 + spec.num_heads + (spec.num_heads + spec.num_kv_heads) * spec.qk_norm)  # of norms and softmax
-        everything = (4 * d + attended + (3 if self.compiled else 4) * f + self._adapted()) * size + sums
-        kept = {
-            Recompute.none: everything,
-            Recompute.selective: (d + attended) * size + 4 * spec.num_heads,
-            Recompute.full: d * size,
-        }[self.cfg.recompute]
-        again = 0 if self.cfg.recompute is Recompute.none else everything
-        return spec.num_layers * kept, again + (2 * d + 4 * f) * size
+        attended = 3 * (spec.q_size + spec.kv_size) * size + 4 * spec.num_heads
+        everything, inside = [], []
+        for index in range(spec.num_layers):
+            mlp, gradients = self._mlp(index)
+            norms = 4 * (2 + (spec.num_heads + spec.num_kv_heads) * spec.qk_norm)
+            everything.append((4 * spec.hidden_size + self._adapted(index)) * size + attended + norms + mlp)
+            inside.append(2 * spec.hidden_size * size + gradients)
+        if self.cfg.recompute is Recompute.none:
+            return sum(everything), max(inside)
+        kept = spec.hidden_size * size + (attended if self.cfg.recompute is Recompute.selective else 0)
+        return spec.num_layers * kept, max(map(sum, zip(everything, inside, strict=True)))
 
-    def _adapted(self) -> int:
-        """Numbers a token and layer between A and B."""
-        return sum(p.shape[0] for name, p in self.model.layers[0].named_parameters() if name.endswith("lora_A"))
+    def _mlp(self, index: int) -> tuple[int, int]:
+        """Bytes a token in a layer's MLP or experts: kept, and of gradients at once."""
+        moe, size, d = self.spec.moe, self.dtype.itemsize, self.spec.hidden_size
+        activated = 3 if self.compiled else 4
+        if moe is None or not moe.has_experts(index):
+            return activated * self.spec.intermediate_size * size, 4 * self.spec.intermediate_size * size
+        rows = moe.top_k * (2 * d + activated * moe.intermediate_size)
+        routing = 4 * (d + 2 * moe.num_experts) + 32 * moe.top_k  # in float32, and numbers of experts and rows
+        gradients = moe.top_k * ((d + 4 * moe.intermediate_size) * size + 8 * d)  # rows are weighted in float32
+        return (rows + activated * moe.shared_size) * size + routing, gradients
+
+    def _adapted(self, index: int) -> int:
+        """Numbers a token between A and B in a layer."""
+        return sum(p.shape[0] for name, p in self.model.layers[index].named_parameters() if name.endswith("lora_A"))
+
+    def _dense(self) -> int:
+        """The largest frozen matrix made whole out of fewer bits, and numbers of pairs on the way."""
+        if self.cfg.lora.rank == 0 or self.cfg.lora.base == "auto":
+            return 0
+        return max(
+            module.in_features * module.out_features * (2 * self.dtype.itemsize + 2)
+            for module in self.model.modules()
+            if isinstance(module, FrozenLinear)
+        )
 
     def _head(self, tokens: int) -> int:
         """Three float32 [rows, vocabulary] at once, five where the entropy has a gradient, and the gradient of the

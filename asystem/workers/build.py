@@ -118,9 +118,12 @@ def build_model(
 
 
 def build_trained(config: Config, device: torch.device) -> Decoder:
-    """The model to train: in float32, for the masters; frozen weights at once in the dtype that computes."""
-    is_frozen = config.training.lora.rank > 0
-    return build_model(config, device, pick_dtype(config.training.dtype, device) if is_frozen else torch.float32)
+    """The model to train: in float32, for the masters; frozen weights at once in the dtype that computes. Those to be
+    kept in fewer bits stay in the host's memory until they are.
+    """
+    lora = config.training.lora
+    dtype = pick_dtype(config.training.dtype, device) if lora.rank > 0 else torch.float32
+    return build_model(config, device if lora.base == "auto" else torch.device("cpu"), dtype)
 
 
 def replica_part(rank: int, ranks: int, size: int) -> Shard | None:

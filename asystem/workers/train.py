@@ -39,7 +39,7 @@ class TrainWorker(Worker):
 
     def start_training(self, model: Decoder) -> None:
         """Builds the engine around a model, which a hybrid worker shares with generation."""
-        config, device = self.config, next(model.parameters()).device
+        config, device = self.config, pick_device(self.config)
         self.tokenizer = build_tokenizer(config, model.spec.vocab_size)
         self.task = load_task(config.data, config.recipe_dir)
         self.trainer = TrainEngine(

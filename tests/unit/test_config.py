@@ -199,6 +199,8 @@ def changed(config: Config, override: str) -> Config:
         ("generation.memory_fraction=1.5", "generation.memory_fraction=1.5 must lie in (0, 1]"),
         ("training.offload_optimizer=true", "where device=cpu has them already"),
         ("training.lora.rank=-1", "training.lora.rank=-1 is below 0"),
+        ("training.lora.base=int8", "training.lora.base=int8 keeps matrices that do not train"),
+        ("training.lora.base=int4", 'training.lora.base="int4": choose auto, int8 or nf4'),
         ("training.lora.dropout=1", "training.lora.dropout=1 must lie in [0, 1)"),
         ("training.lora.adapter=a/b", "training.lora.adapter=a/b needs adapters to train: set training.lora.rank"),
         ("reward.max_error_share=2", "reward.max_error_share=2 must lie between 0 and 1"),
@@ -254,6 +256,10 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
         ([], "which recipe?"),
         (["recipe=quickstart", "placement=hybrid", "training.ranks=2"], "use placement=split"),
         (["recipe=quickstart", "runtime=inline", "training.ranks=2"], "use runtime=ray, or training.ranks=1"),
+        (
+            ["recipe=quickstart", "training=lora", "training.ranks=2", "training.lora.base=nf4"],
+            "training.lora.base=nf4 works on one rank",
+        ),
         (
             ["recipe=quickstart", "training.master=bfloat16_stochastic"],
             "on device=cpu is float32: set training.dtype=bfloat16, or",

@@ -12,7 +12,8 @@ from asystem.config import CheckpointConfig, LoraConfig, ModelConfig, TrainingCo
 from asystem.data.packing import pack
 from asystem.data.tokenizer import byte_tokenizer
 from asystem.errors import ModelError
-from asystem.models import Decoder, ModelSpec, PackedAttention, init_weights, load_model, merge, save_model
+from asystem.models import Decoder, ModelSpec, PackedAttention, init_weights, load_model, save_model
+from asystem.models.lora import LoraLinear
 from asystem.training import Saver, TrainEngine, describe_model, export_checkpoint, supervised_loss
 from asystem.training.checkpoint import Describe
 
@@ -81,10 +82,11 @@ def test_what_cannot_be_exported_is_named_and_nothing_is_written(tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kept", ["auto", "nf4"])
 def test_adapters_are_merged_into_the_weights_beside_which_they_were_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
 ) -> None:
-    spec, lora = ModelSpec("qwen3", 259, 16, 24, 2, 4, 2, 4, qk_norm=True), LoraConfig(rank=4, alpha=8.0)
+    spec, lora = ModelSpec("qwen3", 259, 16, 24, 2, 4, 2, 4, qk_norm=True), LoraConfig(rank=4, alpha=8.0, base=kept)
     model = Decoder(spec)
     init_weights(model, 0, std=0.2)
     save_model(model, spec, tmp_path / "base", byte_tokenizer())
@@ -99,7 +101,9 @@ def test_adapters_are_merged_into_the_weights_beside_which_they_were_trained(
     (tmp_path / "latest").unlink()
     monkeypatch.chdir("/")
     assert export_checkpoint(tmp_path / "step-000001", tmp_path / "out") == "float32"
-    expected, base = merge(model), load_model(tmp_path / "base").state_dict()
+    base = load_model(tmp_path / "base").state_dict()
+    adapted = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, LoraLinear)}
+    expected = base | {name: base[name] + layer.delta() for name, layer in adapted.items()}
     for name, p in load_model(tmp_path / "out").named_parameters():
         assert torch.equal(p, expected[name]), name
         assert torch.equal(p, base[name]) == ("_proj" not in name), name

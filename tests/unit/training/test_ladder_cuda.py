@@ -91,6 +91,8 @@ PLANNED: dict[str, dict[str, Any]] = {
     "8 bits, stochastic": {"optimizer": Optimizer.adamw8bit, "master": Master.bfloat16_stochastic},
     "offloaded": {"offload_optimizer": True, "recompute": Recompute.full},
     "lora": {"lora": LoraConfig(rank=16)},
+    "lora, int8 base": {"lora": LoraConfig(rank=16, base="int8"), "recompute": Recompute.full},
+    "lora, nf4 base": {"lora": LoraConfig(rank=16, base="nf4")},
 }
 
 
@@ -111,6 +113,14 @@ def test_the_peak_of_a_step_is_as_planned(name: str) -> None:
     plan = train_memory(MIDDLE, cfg, dtype=dtype)
     peak = torch.cuda.max_memory_allocated() - before
     assert peak == pytest.approx(plan.total, rel=0.1), f"planned {plan}, measured {peak}"
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_adapters_above_fewer_bits_learn_compiled_as_eager(base: str) -> None:
+    lora = LoraConfig(rank=8, base=base)
+    compiled = _losses(_engine(lora=lora, compile=Compile.always), 9)
+    assert compiled == pytest.approx(_losses(_engine(lora=lora), 9), rel=0.02)
+    assert compiled == pytest.approx(_losses(_engine(lora=LoraConfig(rank=8)), 9), rel=0.1)
 
 
 def test_a_micro_batch_above_the_limit_of_the_process_is_refused() -> None:

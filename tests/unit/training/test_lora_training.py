@@ -24,12 +24,13 @@ BATCH = pack(make_samples([4, 1, 9]), budget=12)
 
 
 def engine_with_lora(rank: int = 4, **changes: Any) -> TrainEngine:
-    lora = LoraConfig(rank=rank, alpha=2.0 * rank, **{k: changes.pop(k) for k in ("dropout",) if k in changes})
+    lora = LoraConfig(rank=rank, alpha=2.0 * rank, **{k: changes.pop(k) for k in ("dropout", "base") if k in changes})
     return make_engine(lora=lora, **changes)
 
 
-def test_adapters_learn_and_the_base_stays() -> None:
-    engine = engine_with_lora()
+@pytest.mark.parametrize("base", ["auto", "int8", "nf4"])
+def test_adapters_learn_and_the_base_stays(base: str) -> None:
+    engine = engine_with_lora(base=base)
     before = weights(engine.model)
     losses = [engine.step(BATCH, supervised_loss).to_dict()["train/loss"] for _ in range(20)]
     assert losses[-1] < 0.6 * losses[0]
@@ -129,8 +130,9 @@ def test_compiled_blocks_share_few_graphs_among_all_lengths(monkeypatch: pytest.
     assert counter.frame_count == 4
 
 
-def test_the_reference_shares_the_frozen_base() -> None:
-    engine = engine_with_lora()
+@pytest.mark.parametrize(("base", "dtype"), [("auto", torch.float32), ("int8", torch.float32), ("nf4", torch.bfloat16)])
+def test_the_reference_shares_the_frozen_base(base: str, dtype: torch.dtype) -> None:
+    engine = engine_with_lora(base=base, dtype=dtype)
     engine.step(BATCH, supervised_loss)
     before = engine.logprobs(BATCH)[0]
     engine.keep_reference()
@@ -142,3 +144,18 @@ def test_the_reference_shares_the_frozen_base() -> None:
     kept = dict(engine.reference.decoder.named_parameters())
     for name, p in engine.model.named_parameters():
         assert (kept[name].data_ptr() == p.data_ptr()) is not p.requires_grad, name
+    assert engine.reference is not None
+    for name, p in engine.reference.decoder.named_parameters():
+        present = engine.model.get_parameter(name)
+        assert (p.data_ptr() == present.data_ptr()) == (not present.requires_grad), name
+
+
+def test_a_base_in_4_bits_resumes_bit_for_bit(tmp_path: Path) -> None:
+    engine = engine_with_lora(base="nf4", dtype=torch.bfloat16)
+    engine.step(BATCH, supervised_loss)
+    assert not any("codes" in name or "scale" in name for name in engine.optimizer.tensors())
+    engine.save(tmp_path / "step-000001")
+    expected = engine.step(BATCH, supervised_loss).to_dict()
+    resumed = engine_with_lora(base="nf4", dtype=torch.bfloat16)
+    resumed.load(tmp_path / "step-000001")
+    assert resumed.step(BATCH, supervised_loss).to_dict() == expected

@@ -13,7 +13,8 @@ from training_helpers import make_engine, make_samples
 from asystem.config import Compile, LoraConfig, Master, Optimizer, Recompute, TrainingConfig
 from asystem.data.packing import pack, pack_one
 from asystem.errors import CapacityError
-from asystem.models import Decoder, ModelSpec, add_lora, decoder
+from asystem.models import Decoder, ModelSpec, add_lora, decoder, moe
+from asystem.models.moe_spec import MoESpec
 from asystem.training import TrainingPlan, engine, supervised_loss, train_memory
 from asystem.training.blocks import prepare_blocks
 
@@ -28,6 +29,8 @@ CHOICES: dict[str, dict[str, Any]] = {
     "stochastic": STOCHASTIC,
     "stochastic, 8 bits": STOCHASTIC | {"optimizer": Optimizer.adamw8bit},
     "lora": {"dtype": HALF, "lora": LoraConfig(rank=3)},
+    "lora, int8 base": {"dtype": HALF, "lora": LoraConfig(rank=3, base="int8")},
+    "lora, nf4 base": {"dtype": HALF, "lora": LoraConfig(rank=3, base="nf4")},
     "lora, 8 bits": {"dtype": HALF, "lora": LoraConfig(rank=3), "optimizer": Optimizer.adamw8bit},
 }
 
@@ -61,6 +64,15 @@ class Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
         return torch.empty_like(x)
+
+
+class Grouped(torch.autograd.Function):
+    """What the grouped product keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return x.new_empty(len(x), weight.shape[1])
 
 
 class Flash(torch.autograd.Function):
@@ -105,6 +117,22 @@ def test_activations_take_what_is_planned(recompute: Recompute, rank: int, monke
     plan = TrainingPlan(spec, cfg, dtype=HALF).of(1000)
     planned = plan.activations - 3 * 1000 * spec.hidden_size * HALF.itemsize  # around the final norm
     assert kept_by_autograd(model, 1000) == pytest.approx(planned, rel=0.01)
+
+
+@pytest.mark.parametrize("recompute", Recompute)
+def test_activations_of_experts_take_what_is_planned(recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder.F, "rms_norm", lambda x, shape, weight, eps: Norm.apply(x, weight))
+    monkeypatch.setattr(moe, "grouped_linear", Grouped.apply)
+    experts = MoESpec(16, 4, 48, shared_size=96, dense_layers=(0,), score="sigmoid", has_bias=True)
+    spec = ModelSpec("bailing_moe_v2", 211, 64, 256, 3, 4, 2, 32, qk_norm=True, moe=experts)
+    cfg = TrainingConfig(recompute=recompute, compile=Compile.never)
+    with torch.device("meta"):
+        model = Decoder(spec)
+    prepare_blocks(model.to(HALF), cfg, torch.device("cpu"))
+    plan = TrainingPlan(spec, cfg, dtype=HALF).of(1000)
+    planned = plan.activations - 3 * 1000 * spec.hidden_size * HALF.itemsize
+    assert kept_by_autograd(model, 1000) == pytest.approx(planned, rel=0.02)
+    assert (plan.weights, plan.masters) == (2 * spec.num_parameters, 4 * spec.num_parameters)
 
 
 def test_the_plan_of_a_model_of_0_6_billion() -> None:

@@ -162,8 +162,9 @@ def test_hybrid_shares_storage_and_sees_each_update(config: Config, tmp_path: Pa
     assert stats["train/grad_norm"] > 0
 
 
-def test_adapters_reach_a_generator_merged(config: Config, tmp_path: Path) -> None:
-    config.training.lora.rank = 4
+@pytest.mark.parametrize("base", ["auto", "int8"])
+def test_adapters_reach_a_generator_merged(config: Config, tmp_path: Path, base: str) -> None:
+    config.training.lora.rank, config.training.lora.base = 4, base
     trainer, generator = TrainWorker(config, tmp_path), GenerateWorker(config)
     ready(trainer)
     ready(generator)
@@ -180,8 +181,9 @@ def test_adapters_reach_a_generator_merged(config: Config, tmp_path: Path) -> No
     ]
 
 
-def test_hybrid_decodes_with_merged_adapters(config: Config, tmp_path: Path) -> None:
-    config.training.lora.rank = 4
+@pytest.mark.parametrize("base", ["auto", "nf4"])
+def test_hybrid_decodes_with_merged_adapters(config: Config, tmp_path: Path, base: str) -> None:
+    config.training.lora.rank, config.training.lora.base = 4, base
     worker = HybridWorker(config, tmp_path)
     ready(worker)
     asyncio.run(worker.warm_up(4))
