@@ -257,6 +257,17 @@ def _training(config: Config) -> Iterator[Rule]:
     yield _above("training.clip_norm", training.clip_norm, 0)
     yield _at_least("training.lr_warmup_steps", training.lr_warmup_steps, 0)
     yield _at_least("training.max_bad_steps", training.max_bad_steps, 1)
+    yield _at_least("training.expert_bias_rate", training.expert_bias_rate, 0)
+    yield (
+        training.expert_bias_rate > 0 and training.lora.rank > 0,
+        f"training.expert_bias_rate={training.expert_bias_rate:g} moves weights that training.lora.rank="
+        f"{training.lora.rank} freezes: set one of them to 0",
+    )
+    yield (
+        training.expert_bias_rate > 0 and training.master.value == "bfloat16_stochastic",
+        f"training.expert_bias_rate={training.expert_bias_rate:g} is too small a step for biases in bfloat16: use "
+        "training.master=float32",
+    )
     yield _at_least("training.warmup.steps", warmup.steps, 0)
     yield _at_least("training.warmup.batch_size", warmup.batch_size, 1)
     yield _above("training.warmup.lr", warmup.lr, 0)

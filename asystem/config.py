@@ -252,6 +252,7 @@ class TrainingConfig:
     offload_optimizer: bool = False  # on CUDA: float32 masters and moments in the host's memory; one rank
     recompute: Recompute = Recompute.none  # which activations the backward pass computes anew
     compile: Compile = Compile.auto  # torch.compile of the blocks, attention left out
+    expert_bias_rate: float = 0.0  # Ling 2.0: each step moves experts' biases by so much to equal load; 0 = frozen
     lora: LoraConfig = field(default_factory=LoraConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
 

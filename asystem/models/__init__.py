@@ -5,10 +5,11 @@ from asystem.models.decoder import Attend, Block, Decoder, init_weights
 from asystem.models.frozen import FrozenLinear
 from asystem.models.hf import check_folder, from_hf_state, load_model, save_model, to_hf_state
 from asystem.models.lora import PlainWeight, add_lora, merge, merged_copy, plain_weights, refresh_merged, whole
+from asystem.models.moe import Router
 from asystem.models.moe_spec import MoESpec
 from asystem.models.parallel import Shard, check_parallel
 from asystem.models.peft import adapter_state, check_lora, load_adapter, save_adapter
-from asystem.models.pieces import Box, Piece
+from asystem.models.pieces import Box, Piece, local_piece
 from asystem.models.quantized import QuantizedLinear, quantize
 from asystem.models.spec import ModelSpec, RopeScaling, read_spec, spec_from_config, spec_from_hf, spec_to_hf
 from asystem.models.weights import weight_pieces, writing
@@ -26,6 +27,7 @@ __all__ = [
     "PlainWeight",
     "QuantizedLinear",
     "RopeScaling",
+    "Router",
     "Shard",
     "check_folder",
     "check_parallel",
@@ -36,6 +38,7 @@ __all__ = [
     "init_weights",
     "load_adapter",
     "load_model",
+    "local_piece",
     "merge",
     "merged_copy",
     "plain_weights",

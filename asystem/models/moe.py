@@ -29,6 +29,7 @@ class Router(nn.Module):
 
     Attributes:
         weight: [E, D]. bias: [E], or None; no gradient reaches it.
+        load: [E], tokens that chose each expert with gradients on are added here; None = they are not counted.
     """
 
     bias: nn.Parameter | None
@@ -37,6 +38,7 @@ class Router(nn.Module):
         super().__init__()
         self.moe = moe
         self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
+        self.load: Tensor | None = None
         self.register_parameter("bias", nn.Parameter(torch.zeros(moe.num_experts)) if moe.has_bias else None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +47,8 @@ class Router(nn.Module):
         scores = logits.softmax(-1) if self.moe.score == "softmax" else logits.sigmoid()
         chosen = self._choose(scores)
         weights = scores.gather(1, chosen)
+        if self.load is not None and torch.is_grad_enabled():  # computing again counts all of them again
+            self.load.index_add_(0, chosen.flatten(), self.load.new_ones(chosen.numel()))
         if self.moe.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.moe.scaling, chosen

@@ -25,6 +25,7 @@ from asystem.data.packing import PackedBatch, Sample, pack_one
 from asystem.errors import ConfigError, TrainingError
 from asystem.models import Decoder, adapter_state, add_lora, load_adapter, save_adapter
 from asystem.stats import Stats
+from asystem.training.balance import ExpertBalance
 from asystem.training.blocks import prepare_blocks
 from asystem.training.checkpoint import load_checkpoint, save_checkpoint
 from asystem.training.losses import LossFn
@@ -71,6 +72,7 @@ class TrainEngine:
         if cfg.lora.rank > 0:
             _adapt(model, cfg, seed, self.device)
         self.model = model.to(self.device)
+        self.balance = ExpertBalance(model, cfg.expert_bias_rate)
         prepare_blocks(model, cfg, self.device)
         self.policy = Policy(model, temperature, entropy_gradient=entropy_gradient)
         self.reference: Policy | None = None
@@ -152,6 +154,7 @@ class TrainEngine:
         for index, packed in enumerate(padded):
             loss, part = self._forward(packed.to(self.device), loss_fn if index < len(micro) else _idle_loss)
             (loss * self.world_size).backward()  # type: ignore[no-untyped-call]  # FSDP takes the mean over ranks
+            self.balance.collect(counted=index < len(micro))
             losses.append(loss.detach())
             stats += part
         if padded:
@@ -223,6 +226,7 @@ class TrainEngine:
         lr = self.lr.at(self.steps)
         norm = self.optimizer.step(lr, self.cfg.clip_norm)
         is_bad = not math.isfinite(norm)
+        self.balance.finish(self.optimizer, self.world_size, good=not is_bad)
         self.steps += 1
         self.bad_steps = self.bad_steps + 1 if is_bad else 0
         # What is the same on all ranks is told by the first, so that adding ranks up leaves it right.

@@ -143,7 +143,7 @@ def check_model(config: Config) -> tuple[ModelSpec, Tokenizer]:
     Raises:
         ModelError, DataError: as `build_model` and `build_tokenizer` would, later.
         ConfigError: the model cannot be cut over `generation.tensor_parallel` ranks, or kept in `generation.dtype`; or
-            routing is asked of a dense one.
+            routing or moving biases are asked of one that has none.
     """
     spec = spec_from_config(config.model) if config.model.path is None else check_folder(config.model.path)[0]
     check_parallel(spec, config.generation.tensor_parallel)
@@ -153,5 +153,10 @@ def check_model(config: Config) -> tuple[ModelSpec, Tokenizer]:
         )
     if spec.moe is None and config.generation.return_routing:
         raise ConfigError(f"generation.return_routing=true needs a model with experts; {spec.family} has none")
+    if config.training.expert_bias_rate > 0 and (spec.moe is None or not spec.moe.has_bias):
+        raise ConfigError(
+            f"training.expert_bias_rate={config.training.expert_bias_rate:g} needs experts with biases "
+            f"(bailing_moe_v2); {spec.family} has none: set it to 0"
+        )
     check_lora(spec, config.training.lora)
     return spec, build_tokenizer(config, spec.vocab_size)

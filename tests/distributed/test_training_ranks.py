@@ -48,7 +48,9 @@ def _model(kind: str) -> Decoder:
 
 
 def _engine(kind: str, world_size: int, **changes: Any) -> TrainEngine:
-    cfg = TrainingConfig(**({"lr": 1e-2, "eps": 1e-3, "clip_norm": 0.5, "max_bad_steps": 3} | changes))
+    rate = 0.02 if kind == "experts" else 0.0
+    changes = {"eps": 1e-3, "clip_norm": 0.5, "max_bad_steps": 3, "expert_bias_rate": rate} | changes
+    cfg = TrainingConfig(**({"lr": 1e-2} | changes))
     return TrainEngine(_model(kind), cfg, device="cpu", world_size=world_size, total_steps=10)
 
 

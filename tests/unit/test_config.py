@@ -198,6 +198,7 @@ def changed(config: Config, override: str) -> Config:
         ("generation.kv_tokens=21", "generation.kv_tokens=21 does not hold one sequence"),
         ("generation.memory_fraction=1.5", "generation.memory_fraction=1.5 must lie in (0, 1]"),
         ("training.offload_optimizer=true", "where device=cpu has them already"),
+        ("training.expert_bias_rate=-1", "training.expert_bias_rate=-1 is below 0"),
         ("training.lora.rank=-1", "training.lora.rank=-1 is below 0"),
         ("training.lora.base=int8", "training.lora.base=int8 keeps matrices that do not train"),
         ("training.lora.base=int4", 'training.lora.base="int4": choose auto, int8 or nf4'),
@@ -277,6 +278,14 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
             "generation.tensor_parallel=2 needs a process for each rank: use runtime=ray",
         ),
         (["recipe=quickstart", "placement=hybrid", "generation.ranks=2"], "use placement=split"),
+        (
+            ["recipe=quickstart", "training.expert_bias_rate=0.01", "training.lora.rank=2"],
+            "moves weights that training.lora.rank=2 freezes: set one of them to 0",
+        ),
+        (
+            ["recipe=quickstart", "training.expert_bias_rate=0.01", "training.master=bfloat16_stochastic"],
+            "too small a step for biases in bfloat16: use training.master=float32",
+        ),
         (
             ["recipe=quickstart", "model.experts.count=4"],
             "needs a family with experts, and model.family=qwen3: use one of",

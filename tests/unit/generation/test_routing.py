@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from asystem.config import Config, GenerationConfig, ModelConfig
+from asystem.config import Config, GenerationConfig, ModelConfig, TrainingConfig
 from asystem.errors import ConfigError
 from asystem.generation import Engine, EngineRequest
 from asystem.generation.memory import plan_memory
@@ -132,3 +132,5 @@ def test_a_dense_model_has_none_to_return() -> None:
     config = Config(model=ModelConfig(), generation=GenerationConfig(return_routing=True))
     with pytest.raises(ConfigError, match="return_routing=true needs a model with experts; qwen3 has none"):
         check_model(config)
+    with pytest.raises(ConfigError, match=r"expert_bias_rate=0\.1 needs experts with biases"):
+        check_model(Config(training=TrainingConfig(expert_bias_rate=0.1)))

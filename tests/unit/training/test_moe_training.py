@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from asystem.algorithms import choose, policy_loss
 from asystem.config import AlgorithmConfig, GenerationConfig, Recompute, TrainingConfig
 from asystem.data.packing import PackedBatch, pack_one
 from asystem.generation import Engine, EngineRequest
-from asystem.models import Decoder, ModelSpec, MoESpec, init_weights
+from asystem.models import Decoder, ModelSpec, MoESpec, Router, init_weights
+from asystem.models.moe import record_routing
 from asystem.state import Inbox, Outbox
 from asystem.stats import Stats
 from asystem.training import TrainEngine, supervised_loss
+from asystem.training.optimizer import MasterOptimizer
 from asystem.types import SamplingParams
 
 LING = MoESpec(6, 2, 8, 8, (0,), score="sigmoid", groups=3, top_groups=2, has_bias=True, scaling=2.0)
@@ -30,9 +33,9 @@ def make_model(seed: int = 0) -> Decoder:
     return model
 
 
-def make_engine(recompute: Recompute = Recompute.none) -> TrainEngine:
-    cfg = TrainingConfig(lr=1e-2, eps=1e-4, recompute=recompute)
-    return TrainEngine(make_model(), cfg, device="cpu", total_steps=100)
+def make_engine(recompute: Recompute = Recompute.none, rate: float = 0.0, **options: Any) -> TrainEngine:
+    cfg = TrainingConfig(lr=1e-2, eps=1e-4, recompute=recompute, expert_bias_rate=rate)
+    return TrainEngine(make_model(), cfg, device="cpu", total_steps=100, **options)
 
 
 def rl_loss(packed: PackedBatch, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, Stats]:
@@ -60,6 +63,49 @@ def test_computing_again_changes_no_bit() -> None:
     batch = [pack_one(make_samples([4, 6]))]
     for _ in range(2):
         assert len({str(engine.step(batch, supervised_loss).to_dict()) for engine in engines}) == 1
+
+
+@pytest.mark.parametrize("recompute", [Recompute.none, Recompute.full])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_biases_move_towards_equal_load(recompute: Recompute, dtype: torch.dtype) -> None:
+    engine, samples = make_engine(recompute, 0.125, dtype=dtype), make_samples([9, 7, 8, 5])
+    bias = engine.model.get_parameter("layers.1.mlp.router.bias")
+    for _ in range(2):
+        before, routers = bias.detach().clone(), [m for m in engine.model.modules() if isinstance(m, Router)]
+        with record_routing(routers) as chosen:
+            engine.logprobs([pack_one(samples)])
+        load = torch.bincount(chosen[0].flatten(), minlength=6).double()
+        engine.step([pack_one(samples[:2]), pack_one(samples[2:])], supervised_loss)
+        assert load.std() > 1
+        torch.testing.assert_close(bias - before, (0.125 * (load.mean() - load).sign()).to(dtype), atol=5e-3, rtol=0)
+
+
+class _ConstantInBias(torch.autograd.Function):
+    """As compiled blocks: the backward pass knows of the bias, and gives it no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def test_a_parameter_that_is_given_no_gradient_stays() -> None:
+    params = {name: torch.nn.Parameter(torch.ones(3)) for name in ("x", "bias")}
+    optimizer = MasterOptimizer(params, {}, TrainingConfig())
+    _ConstantInBias.apply(params["x"], params["bias"]).sum().backward()
+    assert optimizer.step(0.5, 0.0) == pytest.approx(3**0.5)
+    assert (params["x"] < 1).all() and (params["bias"] == 1).all()
+
+
+def test_a_skipped_step_leaves_biases_where_they_are() -> None:
+    engine = make_engine(rate=0.1)
+    before = weights(engine.model)
+    engine.step([pack_one(make_samples([9]))], lambda *args: (supervised_loss(*args)[0] * torch.nan, Stats()))
+    for name, value in weights(engine.model).items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_published_weights_and_checkpoints_arrive_whole(tmp_path: Path) -> None:
