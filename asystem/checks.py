@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 Rule = tuple[bool, str]
 """(is it broken?, what is wrong with which numbers, and the remedy)."""
 
-ADVANTAGES = ("grpo", "rloo", "reinforce", "reinforce++", "reinforce++baseline")
-BATCH_ADVANTAGES = ("reinforce", "reinforce++")
+ADVANTAGES = ("grpo", "rloo", "reinforce", "reinforce++", "reinforce++baseline", "gae")
+BATCH_ADVANTAGES = ("reinforce", "reinforce++", "gae")
 SURROGATES = ("ppo", "gspo", "cispo", "reinforce")
 CORRECTIONS = ("none", "tis", "icepop", "kpop", "mis", "geometric")
 TOKEN_CORRECTIONS = ("tis", "icepop", "kpop")
@@ -102,7 +102,7 @@ def _algorithm(config: Config) -> Iterator[Rule]:
     yield (
         algorithm.group_size < least,
         f"algorithm.group_size={algorithm.group_size} is below {least}: group advantages compare the samples of a "
-        "prompt and need at least 2; advantage=reinforce and reinforce++ compare those of a batch",
+        "prompt and need at least 2; advantage=reinforce, reinforce++ and gae compare those of a batch",
     )
     for key, known in (("advantage", ADVANTAGES), ("surrogate", SURROGATES), ("correction", CORRECTIONS)):
         name = getattr(algorithm, key)
@@ -124,6 +124,12 @@ def _algorithm(config: Config) -> Iterator[Rule]:
         algorithm.dual_clip is not None and algorithm.dual_clip <= 1 + algorithm.clip_high,
         f"algorithm.dual_clip={algorithm.dual_clip} must be above 1 + clip_high = {1 + algorithm.clip_high:g}, or null",
     )
+    yield not 0 < algorithm.gamma <= 1, f"algorithm.gamma={algorithm.gamma:g} must lie in (0, 1]"
+    yield not 0 <= algorithm.gae_lambda <= 1, f"algorithm.gae_lambda={algorithm.gae_lambda:g} must lie between 0 and 1"
+    yield (
+        algorithm.value_clip is not None and not algorithm.value_clip > 0,
+        f"algorithm.value_clip={algorithm.value_clip} must be above 0, or null",
+    )
     yield _at_least("algorithm.kl_coefficient", algorithm.kl_coefficient, 0)
     yield _at_least("algorithm.entropy_coefficient", algorithm.entropy_coefficient, 0)
     yield (
@@ -141,6 +147,16 @@ def _algorithm(config: Config) -> Iterator[Rule]:
 def _combinations(config: Config) -> Iterator[Rule]:
     """What would be ignored, or count twice."""
     algorithm = config.algorithm
+    yield (
+        algorithm.advantage == "gae" and not algorithm.value_coefficient > 0,
+        f"algorithm.advantage=gae takes its baseline from a value head, which algorithm.value_coefficient="
+        f"{algorithm.value_coefficient:g} does not train: set it above 0, or use a baseline without a head",
+    )
+    yield (
+        algorithm.advantage == "gae" and algorithm.drop_equal_groups,
+        "algorithm.drop_equal_groups leaves out groups of equal rewards, which tell a value head as much as others: "
+        "with advantage=gae use drop_equal_groups=false",
+    )
     yield (
         algorithm.surrogate == "gspo" and algorithm.correction in TOKEN_CORRECTIONS,
         f"algorithm.surrogate=gspo has one ratio a response, and algorithm.correction={algorithm.correction} masks or "

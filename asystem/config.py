@@ -159,8 +159,12 @@ class AlgorithmConfig:
     """`advantage`, `surrogate` and `correction` are names (docs/algorithms.md) or a recipe's own `file.py:function`."""
 
     group_size: int = 8  # samples per prompt (GRPO's G)
-    advantage: str = "grpo"  # grpo | rloo | reinforce | reinforce++ | reinforce++baseline
+    advantage: str = "grpo"  # grpo | rloo | reinforce | reinforce++ | reinforce++baseline | gae
     normalize_std: bool = True  # grpo: divide group advantages by their standard deviation
+    gamma: float = 1.0  # gae: discount a token
+    gae_lambda: float = 1.0  # gae: 1 = what came in the end, 0 = the next token's value
+    value_coefficient: float = 0.1  # gae: of the value head's loss
+    value_clip: float | None = 0.2  # gae: by which a value may move from the old one a batch; null = no clip
     overlong_buffer: int = 0  # tokens before max_new_tokens in which the reward falls by up to 1 (DAPO); 0 = none
     drop_equal_groups: bool = False  # leave groups of equal rewards out of batch and denominators (DAPO)
     surrogate: str = "ppo"  # ppo | gspo | cispo | reinforce

@@ -99,12 +99,18 @@ def reinforce_pp_baseline(rewards: Tensor, groups: Tensor, lengths: Tensor, cfg:
     return _whiten(_by_group(lambda r: r - r.mean(), rewards, groups), lengths)
 
 
+def gae(rewards: Tensor, groups: Tensor, lengths: Tensor, cfg: AlgorithmConfig) -> Tensor:
+    """The rewards as they are: the trainers turn them into advantages of tokens, by their values (`values.gae`)."""
+    return rewards
+
+
 ADVANTAGES: dict[str, AdvantageFn] = {
     "grpo": grpo,
     "rloo": rloo,
     "reinforce": reinforce,
     "reinforce++": reinforce_pp,
     "reinforce++baseline": reinforce_pp_baseline,
+    "gae": gae,
 }
 
 

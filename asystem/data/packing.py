@@ -64,6 +64,7 @@ class PackedBatch:
         sequence: [T] int32, the number of the sequence within this batch. rollouts: N numbers.
         old_logprobs: [T] from before the batch's first update, when one batch makes several.
         ref_logprobs: [T] of the frozen reference, where there is one.
+        old_values, returns: [T] of the value head from before the first update, and what they should have been.
     """
 
     tokens: Tensor
@@ -81,6 +82,8 @@ class PackedBatch:
     rollouts: list[int]
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    old_values: Tensor | None = None
+    returns: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on ``device``."""

@@ -7,6 +7,7 @@ from asystem.training.losses import LossFn, supervised_loss
 from asystem.training.memory import TrainingPlan, TrainMemory, train_memory
 from asystem.training.preferences import PreferenceLoss, sequence_sums
 from asystem.training.saving import Saver
+from asystem.training.values import with_token_advantages
 
 __all__ = [
     "LossFn",
@@ -21,4 +22,5 @@ __all__ = [
     "sequence_sums",
     "supervised_loss",
     "train_memory",
+    "with_token_advantages",
 ]

@@ -46,6 +46,7 @@ class TrainEngine:
         total_steps: optimizer steps of the schedule.
         temperature: of the distribution that log-probabilities are taken under; the one rollouts are sampled at.
         entropy_gradient: the loss uses the entropy, which costs memory for its gradient.
+        value_head: beside log-probabilities and entropies a loss gets values, of a head that trains along.
         seed: of the adapters' first weights.
 
     Raises:
@@ -63,6 +64,7 @@ class TrainEngine:
         total_steps: int,
         temperature: float = 1.0,
         entropy_gradient: bool = False,
+        value_head: bool = False,
         seed: int = 0,
     ) -> None:
         self.cfg, self.device, self.dtype, self.world_size = cfg, torch.device(device), dtype, world_size
@@ -74,16 +76,16 @@ class TrainEngine:
         self.model = model.to(self.device)
         self.balance = ExpertBalance(model, cfg.expert_bias_rate)
         prepare_blocks(model, cfg, self.device)
-        self.policy = Policy(model, temperature, entropy_gradient=entropy_gradient)
+        self.policy = Policy(model, temperature, entropy_gradient=entropy_gradient, value_head=value_head)
         self.reference: Policy | None = None
-        exact = {name: p.detach() for name, p in _trained(model).items()}  # before rounding to ``dtype``
-        for p in model.parameters():  # FSDP's shards of what trains are the masters
+        exact = {name: p.detach() for name, p in _trained(self.policy).items()}  # before rounding to ``dtype``
+        for p in self.policy.parameters():  # FSDP's shards of what trains are the masters
             is_master = p.requires_grad and world_size > 1 and cfg.master is Master.float32
             if p.is_floating_point():
                 p.data = p.data.to(torch.float32 if is_master else dtype)
         if world_size > 1:
             _shard(self.policy, self.device, dtype, world_size)
-        self.optimizer = MasterOptimizer(_trained(model), exact, cfg)
+        self.optimizer = MasterOptimizer(_trained(self.policy), exact, cfg)
         self._fitting = 0  # tokens of a micro-batch that is known to fit in memory
         self.start_phase(cfg.lr, cfg.schedule, cfg.lr_warmup_steps, total_steps)
 
@@ -113,21 +115,25 @@ class TrainEngine:
         self.reference = Policy(decoder, self.policy.temperature)
         if self.world_size > 1:
             _shard(self.reference, self.device, self.dtype, self.world_size)
-            for kept, p in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
+            for kept, p in zip(self.reference.decoder.parameters(), self.policy.decoder.parameters(), strict=True):
                 kept.copy_(p)
         self.reference.requires_grad_(False).eval()
 
-    @torch.no_grad()
     def logprobs(self, micro: Sequence[PackedBatch], *, reference: bool = False) -> list[Tensor]:
         """Log-probabilities of the response tokens of each micro-batch, [T] float32 on the device, 0 elsewhere.
 
         Args:
             reference: under the frozen copy that `keep_reference` made, not under the present weights.
         """
+        return [scores[0] for scores in self.scores(micro, reference=reference)]
+
+    @torch.no_grad()
+    def scores(self, micro: Sequence[PackedBatch], *, reference: bool = False) -> list[tuple[Tensor, ...]]:
+        """All that `Policy` tells of each micro-batch, as `logprobs`."""
         policy = self.reference if reference else self.policy
         assert policy is not None, "keep_reference comes first"
         policy.eval()  # without dropout, as generation
-        results = [policy(packed.to(self.device))[0] for packed in self._padded(micro)]
+        results = [policy(packed.to(self.device)) for packed in self._padded(micro)]
         policy.train(not reference)
         if self.world_size > 1:
             policy.reshard()  # type: ignore[operator]  # else the root keeps these weights past the next update
@@ -190,8 +196,7 @@ class TrainEngine:
             save_adapter(state, self.cfg.lora, folder, base)
 
     def _forward(self, packed: PackedBatch, loss_fn: LossFn) -> tuple[Tensor, Stats]:
-        logprobs, entropy = self.policy(packed)
-        return loss_fn(packed, logprobs, entropy)
+        return loss_fn(packed, *self.policy(packed))
 
     def _check_fits(self, micro: Sequence[PackedBatch]) -> None:
         """Before the first step, so that a run does not end in the middle of a later one; and before larger ones, which
@@ -262,8 +267,8 @@ def _adapt(model: Decoder, cfg: TrainingConfig, seed: int, device: torch.device)
         load_adapter(model, cfg.lora.adapter)
 
 
-def _trained(model: Decoder) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _trained(policy: Policy) -> dict[str, nn.Parameter]:
+    return {name.removeprefix("decoder."): p for name, p in policy.named_parameters() if p.requires_grad}
 
 
 def _shard(policy: Policy, device: torch.device, dtype: torch.dtype, world_size: int) -> None:
@@ -280,9 +285,9 @@ def _shard(policy: Policy, device: torch.device, dtype: torch.dtype, world_size:
     fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
 
 
-def _idle_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
+def _idle_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor, *values: Tensor) -> tuple[Tensor, Stats]:
     """A gradient of 0 for every parameter: ranks must agree on which parameters have one."""
-    return logprobs.sum() * 0.0, Stats()
+    return sum((value.sum() for value in values), logprobs.sum()) * 0.0, Stats()
 
 
 def _shortened(numbers: Sequence[int], most: int = 20) -> str:

@@ -58,7 +58,9 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: str | None = None) -> 
     spec = spec_from_hf(json.loads((description / "config.json").read_text(encoding="utf-8")))
     chosen = dtype or spec.dtype
     if (description / LORA).is_file():
-        state = _merged(checkpoint, json.loads((description / LORA).read_text(encoding="utf-8")), DTYPES[chosen])
+        state = _merged(
+            checkpoint, json.loads((description / LORA).read_text(encoding="utf-8")), DTYPES[chosen], shapes
+        )
     else:
         state = _whole(checkpoint, spec, DTYPES[chosen], shapes)
     save_model(state, spec, out, load_tokenizer(description))
@@ -71,11 +73,13 @@ def _whole(checkpoint: Path, spec: ModelSpec, dtype: torch.dtype, saved: dict[st
     if missing := [name for name, _ in model.named_parameters() if f"model.{name}" not in saved]:
         raise ModelError(f"checkpoint {checkpoint} holds no whole model: it lacks {len(missing)} tensors, {missing[0]}")
     state = {name: torch.empty(p.shape, dtype=dtype) for name, p in model.named_parameters()}
-    load_checkpoint(checkpoint, {f"model.{name}": p for name, p in state.items()}, world_size=1, part="model.")
+    _load(checkpoint, state, saved)
     return state
 
 
-def _merged(checkpoint: Path, described: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+def _merged(
+    checkpoint: Path, described: dict[str, Any], dtype: torch.dtype, saved: dict[str, Any]
+) -> dict[str, Tensor]:
     """The weights that training started from, with the checkpoint's adapters merged into them."""
     if described["base"] is None:
         raise ModelError(f"checkpoint {checkpoint} holds adapters to random weights, which no folder has")
@@ -84,6 +88,13 @@ def _merged(checkpoint: Path, described: dict[str, Any], dtype: torch.dtype) -> 
     except ModelError as error:
         raise ModelError(f"checkpoint {checkpoint} holds adapters to {described['base']}: {error}") from None
     add_lora(model, LoraConfig(**(described["lora"] | {"base": "auto"})))  # into the folder's own numbers
-    adapters = {f"model.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    load_checkpoint(checkpoint, adapters, world_size=1, part="model.")
+    _load(checkpoint, {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}, saved)
     return merge(model, dtype)
+
+
+def _load(checkpoint: Path, state: dict[str, Tensor], saved: dict[str, Any]) -> None:
+    """Fills the tensors of a model; a value head, which belongs to training alone, is left out."""
+    tensors = {f"model.{name}": tensor for name, tensor in state.items()}
+    if (head := "model.value_head") in saved:
+        tensors[head] = torch.empty(saved[head])
+    load_checkpoint(checkpoint, tensors, world_size=1, part="model.")

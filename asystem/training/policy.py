@@ -15,9 +15,20 @@ CHUNK_ELEMENTS = 2**27
 
 
 class Policy(nn.Module):
-    """Decoder and head in one forward, so that FSDP has the head's weights gathered while they are used."""
+    """Decoder and heads in one forward, so that FSDP has the heads' weights gathered while they are used.
 
-    def __init__(self, decoder: Decoder, temperature: float = 1.0, *, entropy_gradient: bool = False) -> None:
+    Args:
+        value_head: a second head tells the value of each state, at first 0.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        temperature: float = 1.0,
+        *,
+        entropy_gradient: bool = False,
+        value_head: bool = False,
+    ) -> None:
         if temperature <= 0:
             raise ConfigError(
                 f"rollout.temperature is {temperature}: greedy rollouts have no log-probabilities to train on; "
@@ -26,11 +37,14 @@ class Policy(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.temperature, self.entropy_gradient = temperature, entropy_gradient
+        weight = torch.zeros(decoder.spec.hidden_size, device=decoder.embed.weight.device)
+        self.value_head = nn.Parameter(weight) if value_head else None
 
-    def forward(self, packed: PackedBatch) -> tuple[Tensor, Tensor]:
-        """-> log-probabilities of the labels and entropies of the distributions, [T] float32, 0 where masked out.
+    def forward(self, packed: PackedBatch) -> tuple[Tensor, ...]:
+        """-> log-probabilities of the labels and entropies of the distributions, [T] float32, 0 where masked out; with
+        a value head also the values of the states in which the labels were chosen.
 
-        Both are of the tempered distribution that rollouts are sampled from. The entropy has a gradient where
+        The first two are of the tempered distribution that rollouts are sampled from. The entropy has a gradient where
         ``entropy_gradient`` asks for one.
         """
         attend = PackedAttention(packed.cu_seqlens, packed.max_seqlen)
@@ -42,7 +56,10 @@ class Policy(nn.Module):
             self.decoder, hidden, labels, self.temperature, entropy_gradient=self.entropy_gradient
         )
         empty = torch.zeros(len(packed.tokens), device=hidden.device)
-        return empty.index_copy(0, rows, logprobs), empty.index_copy(0, rows, entropy)
+        scores = [logprobs, entropy]
+        if self.value_head is not None:
+            scores.append(hidden.float() @ self.value_head.float())
+        return tuple(empty.index_copy(0, rows, score) for score in scores)
 
 
 def token_logprobs(

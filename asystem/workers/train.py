@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from asystem.algorithms import choose, correction_weights, policy_loss, token_weights
+from asystem.algorithms import choose, correction_weights, policy_loss, token_weights, value_loss
 from asystem.config import Config, Schedule
 from asystem.data.batch import Batch, BatchRow
 from asystem.data.packing import PackedBatch, Sample, pack
@@ -21,7 +21,7 @@ from asystem.spmd import Collect, Dispatch, Worker, remote, store
 from asystem.state import Outbox, WeightPayload
 from asystem.stats import Stats, merge
 from asystem.tracking.rollouts import RolloutWriter
-from asystem.training import Saver, TrainEngine, describe_model, supervised_loss
+from asystem.training import Saver, TrainEngine, describe_model, supervised_loss, with_token_advantages
 from asystem.types import Ref, Trajectory
 from asystem.workers.build import build_tokenizer, build_trained, pick_device, pick_dtype
 
@@ -51,6 +51,7 @@ class TrainWorker(Worker):
             total_steps=config.steps * config.training.minibatches,
             temperature=config.rollout.temperature,
             entropy_gradient=config.algorithm.entropy_coefficient != 0,
+            value_head=config.algorithm.advantage == "gae",
             seed=config.seed,
         )
         self.algorithm = choose(config.algorithm, config.recipe_dir)
@@ -72,11 +73,14 @@ class TrainWorker(Worker):
         count = self.config.training.minibatches
         parts = [[row for row in batch.rows if row.group % count == part] for part in range(count)]
         micro = [self._micro_batches(batch, rows, trajectories) for rows in parts]
-        if count > 1:  # with one update the weights before it are the present ones, and need no pass of their own
+        stats = Stats()
+        if self.config.algorithm.advantage == "gae":
+            micro, stats = self._with_token_advantages(micro)
+        elif count > 1:  # with one update the weights before it are the present ones, and need no pass of their own
             micro = [self._with_old_logprobs(part) for part in micro]
         if self.trainer.reference is not None:
             micro = [self._with_ref_logprobs(part) for part in micro]
-        stats = merge(self._step(part) for part in micro)
+        stats += merge(self._step(part) for part in micro)
         for trajectory in trajectories.values():
             staleness = batch.version - trajectory.versions
             stats.add_mean("rollout/staleness_mean", float(staleness.sum()), len(staleness))
@@ -161,10 +165,10 @@ class TrainWorker(Worker):
             self.trainer.save_adapter(self.run_dir / "adapter", self.config.model.path)
 
     def _step(self, micro_batches: Sequence[PackedBatch]) -> Stats:
-        def loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Stats]:
+        def loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor, *values: Tensor) -> tuple[Tensor, Stats]:
             if self._writer is not None:
                 self._keep(packed, logprobs.detach())
-            return policy_loss(
+            total, stats = policy_loss(
                 logprobs,
                 infer_logprobs=packed.infer_logprobs,
                 advantages=packed.advantages,
@@ -176,6 +180,7 @@ class TrainWorker(Worker):
                 ref_logprobs=packed.ref_logprobs,
                 entropy=entropy,
             )
+            return self._with_value_loss(total, stats, packed, *values)
 
         return self.trainer.step(micro_batches, loss)
 
@@ -204,6 +209,29 @@ class TrainWorker(Worker):
             for row, weight in zip(rows, weights, strict=True)
         ]
         return pack(samples, self.config.training.micro_batch_tokens)
+
+    def _with_value_loss(
+        self, loss: Tensor, stats: Stats, packed: PackedBatch, values: Tensor | None = None
+    ) -> tuple[Tensor, Stats]:
+        if values is None or packed.old_values is None or packed.returns is None:
+            return loss, stats
+        part, more = value_loss(
+            values,
+            old_values=packed.old_values,
+            returns=packed.returns,
+            token_weights=packed.token_weights,
+            mask=packed.mask,
+            cfg=self.algorithm.cfg,
+        )
+        return loss + part, stats + more
+
+    def _with_token_advantages(self, parts: Sequence[Sequence[PackedBatch]]) -> tuple[list[list[PackedBatch]], Stats]:
+        """All of the batch at once, whose advantages are normalised together."""
+        whole, stats = with_token_advantages(
+            self.trainer, [packed for part in parts for packed in part], self.algorithm.cfg
+        )
+        found = iter(whole)
+        return [[next(found) for _ in part] for part in parts], stats
 
     def _with_old_logprobs(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
         old = self.trainer.logprobs(micro_batches)

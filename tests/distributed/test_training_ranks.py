@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from asystem.config import CheckpointConfig, TrainingConfig
+from asystem.algorithms import value_loss
+from asystem.config import AlgorithmConfig, CheckpointConfig, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack
 from asystem.errors import TrainingError
 from asystem.models import Decoder, ModelSpec, MoESpec, init_weights
 from asystem.state import Inbox, Outbox
 from asystem.stats import Stats, merge
-from asystem.training import Saver, TrainEngine, supervised_loss
+from asystem.training import Saver, TrainEngine, supervised_loss, with_token_advantages
 from asystem.training.checkpoint import read_manifest
 
 WORLD, VOCAB, STEPS = 2, 23, 4
@@ -47,11 +49,11 @@ def _model(kind: str) -> Decoder:
     return model
 
 
-def _engine(kind: str, world_size: int, **changes: Any) -> TrainEngine:
+def _engine(kind: str, world_size: int, *, value_head: bool = False, **changes: Any) -> TrainEngine:
     rate = 0.02 if kind == "experts" else 0.0
     changes = {"eps": 1e-3, "clip_norm": 0.5, "max_bad_steps": 3, "expert_bias_rate": rate} | changes
     cfg = TrainingConfig(**({"lr": 1e-2} | changes))
-    return TrainEngine(_model(kind), cfg, device="cpu", world_size=world_size, total_steps=10)
+    return TrainEngine(_model(kind), cfg, device="cpu", world_size=world_size, total_steps=10, value_head=value_head)
 
 
 def _samples() -> list[Sample]:
@@ -115,6 +117,26 @@ def _one_saved_and_two_load(rank: int, folder: Path) -> dict[str, Any]:
     return {"payload": Outbox(engine.model).write(), "steps": engine.steps}
 
 
+def _critic(rank: int | None) -> dict[str, Any]:
+    """Values learn the rewards, of which the second rank has fewer micro-batches, and weightless ones."""
+    engine = _engine("tied", 1 if rank is None else WORLD, value_head=True)
+    cfg = AlgorithmConfig(advantage="gae", value_coefficient=1.0)
+
+    def loss_fn(packed: PackedBatch, logprobs: Tensor, entropy: Tensor, values: Tensor) -> tuple[Tensor, Stats]:
+        assert packed.old_values is not None and packed.returns is not None
+        common = {"token_weights": packed.token_weights, "mask": packed.mask, "cfg": cfg}
+        loss, stats = value_loss(values, old_values=packed.old_values, returns=packed.returns, **common)  # type: ignore[arg-type]
+        return loss - (packed.token_weights * packed.advantages * logprobs).sum(), stats
+
+    samples = [replace(s, advantage=s.rollout % 2, token_weight=s.token_weight * (s.rollout != 3)) for s in _samples()]
+    rows = ALL if rank is None else SHARES["uneven"][rank]
+    found = []
+    for _ in range(STEPS):
+        micro, stats = with_token_advantages(engine, pack([samples[row] for row in rows], budget=12), cfg)
+        found.append(stats + engine.step(micro, loss_fn))
+    return {"stats": found, "payload": Outbox(engine.model).write()}
+
+
 def _saved_beside_training(rank: int, folder: Path) -> dict[str, Any]:
     """Collectives of training and of the writing threads run at the same time."""
     engine = _engine("tied", WORLD)
@@ -135,6 +157,7 @@ def _rank(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
     results = {share: _scenario(rank, folder, share, kind) for share, kind in SCENARIOS}
     results["alone"] = _one_saved_and_two_load(rank, folder)
+    results["critic"] = _critic(rank)
     results["beside"] = _saved_beside_training(rank, folder)
     results["bad"] = _bad_gradient_on_rank_1(rank)
     torch.save(results, folder / f"rank{rank}.pt")
@@ -173,6 +196,19 @@ def test_two_ranks_equal_one_process(folder: Path, share: str, kind: str) -> Non
         assert found == pytest.approx(stats.to_dict(), rel=1e-5, abs=1e-5)
     assert sum(block.numel() for rank in ranks for block in rank["payload"].blocks()) == alone.model.spec.num_parameters
     _assert_weights(ranks, "payload", alone)
+
+
+def test_values_and_advantages_of_two_ranks_are_those_of_one_process(folder: Path) -> None:
+    ranks, alone = _results(folder, "critic"), _critic(None)
+    for step, expected in enumerate(alone["stats"]):
+        stats = merge(rank["stats"][step] for rank in ranks).to_dict()
+        assert stats == pytest.approx(expected.to_dict(), rel=1e-4, abs=1e-4)
+    assert stats["value/explained_variance"] > 0.01
+    found, wanted = _model("tied"), _model("tied")
+    Inbox(found).read([rank["payload"] for rank in ranks])
+    Inbox(wanted).read([alone["payload"]])
+    for name, p in found.named_parameters():
+        torch.testing.assert_close(p, wanted.get_parameter(name), atol=1e-4, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(("share", "kind"), SCENARIOS)

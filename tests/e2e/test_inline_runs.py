@@ -71,6 +71,16 @@ def test_several_updates_a_batch_clip_against_the_first_weights(run: Run) -> Non
     assert any(row["train/clip_fraction"] > 0 for row in rows)
 
 
+def test_a_value_head_trains_beside_the_policy(run: Run) -> None:
+    ppo = ("algorithm=ppo", "rollout=sync", "rollout.capacity=64", "training.minibatches=2", "training.lr=3e-3")
+    rows = metrics(run(*ppo, "algorithm.value_coefficient=1", "steps=6")[0])[1:]
+    assert rows[0]["value/explained_variance"] == pytest.approx(0, abs=1e-6), "all values are 0 at first"
+    assert max(row["value/explained_variance"] for row in rows) > 0.1
+    for row in rows:
+        assert 0 < row["value/return_mean"] < 1, "with gamma and lambda 1 a token's return is its rollout's reward"
+        assert 0 < row["value/loss"] < 0.5
+
+
 def test_a_run_folder_holds_what_the_design_names(run: Run) -> None:
     run_dir, summary = run("steps=3", "evaluation.every=2", "checkpoint.every=1", "checkpoint.keep_last=2")
     assert [row["step"] for row in metrics(run_dir)] == [0, 1, 2, 3]

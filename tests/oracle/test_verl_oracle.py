@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from asystem.algorithms import advantages, choose, correction_weights, policy_loss, token_weights
-from asystem.algorithms.advantages import ADVANTAGES
+from asystem.algorithms import advantages, choose, correction_weights, gae, policy_loss, token_weights, value_loss
+from asystem.algorithms.advantages import ADVANTAGES, WHITEN_EPS
 from asystem.algorithms.corrections import CORRECTIONS
 from asystem.algorithms.penalties import kl_to_reference
 from asystem.config import AlgorithmConfig, KLEstimator, Normalizer
@@ -102,6 +102,26 @@ def test_losses_and_their_gradients(surrogate: str, seed: int) -> None:
     torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-6)
     assert ours.grad is not None and new_theirs.grad is not None
     torch.testing.assert_close(ours.grad, new_theirs.grad[MASK], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 1.0), (0.99, 0.95), (0.5, 0.0)])
+def test_token_advantages_and_the_value_loss(gamma: float, gae_lambda: float) -> None:
+    new, old, _ = _draw(3)
+    rewards = torch.zeros(6, 7).scatter_(1, LENGTHS[:, None] - 1, _rewards()[:, None])
+    whitened, returns = verl.compute_gae_advantage_return(rewards, old, MASK.float(), gamma, gae_lambda)
+    cfg = AlgorithmConfig(gamma=gamma, gae_lambda=gae_lambda, value_clip=0.2, value_coefficient=1.0)
+    found, found_returns = gae(old[MASK], _rewards()[SEQUENCE], SEQUENCE, cfg)
+    torch.testing.assert_close(found_returns, returns[MASK], atol=1e-6, rtol=1e-6)
+    found = (found - found.mean()) * (found.var() + WHITEN_EPS).rsqrt()
+    torch.testing.assert_close(found, whitened[MASK], atol=1e-6, rtol=1e-6)
+
+    wanted, clipped = verl.compute_value_loss(new, returns, old, MASK.float(), cliprange_value=0.2)
+    loss, stats = value_loss(
+        new[MASK], old_values=old[MASK], returns=found_returns, token_weights=torch.full((26,), 1 / 26),
+        mask=torch.ones(26, dtype=torch.bool), cfg=cfg,
+    )  # fmt: skip
+    torch.testing.assert_close(loss, wanted, atol=1e-6, rtol=1e-6)
+    assert stats.to_dict()["value/clip_fraction"] == pytest.approx(float(clipped)) != 0
 
 
 def _actor_config(cfg: AlgorithmConfig) -> Any:

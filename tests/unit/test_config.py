@@ -173,6 +173,9 @@ def changed(config: Config, override: str) -> Config:
         ("algorithm.geometric_band=[1.1,1.2]", "algorithm.geometric_band=[1.1, 1.2] must be two numbers around 1"),
         ("algorithm.geometric_band=[0.9]", "algorithm.geometric_band=[0.9] must be two numbers around 1"),
         ("algorithm.overlong_buffer=100", "must lie between 0 and rollout.max_new_tokens=10"),
+        ("algorithm.gamma=0", "algorithm.gamma=0 must lie in (0, 1]"),
+        ("algorithm.gae_lambda=1.1", "algorithm.gae_lambda=1.1 must lie between 0 and 1"),
+        ("algorithm.value_clip=0", "algorithm.value_clip=0 must be above 0, or null"),
         ("algorithm.kl_coefficient=-1", "algorithm.kl_coefficient=-1 is below 0"),
         ("algorithm.icepop_alpha=6", "IcePop's band [6, 5] needs"),
         ("rollout.top_p=0", "rollout.top_p=0 must lie in (0, 1]"),
@@ -296,6 +299,11 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
             ["recipe=quickstart", "placement=hybrid", "generation.dtype=int8"],
             "shares them with training: use placement=split or generation.dtype=auto",
         ),
+        (
+            ["recipe=quickstart", "algorithm=ppo", "algorithm.value_coefficient=0"],
+            "takes its baseline from a value head, which algorithm.value_coefficient=0 does not train",
+        ),
+        (["recipe=quickstart", "algorithm=ppo", "algorithm.drop_equal_groups=true"], "tell a value head as much"),
         (["recipe=quickstart", "algorithm.anchor=behavior"], "would count it twice; use correction=none"),
         (
             ["recipe=quickstart", "algorithm.surrogate=reinforce", "training.minibatches=2"],

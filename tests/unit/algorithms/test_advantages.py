@@ -55,7 +55,7 @@ def test_rewards_that_are_not_finite_are_invalid(bad: float) -> None:
     assert _advantages([3.0, bad, 1.0], normalize_std=False) == [1.0, 0.0, -1.0]
 
 
-@pytest.mark.parametrize("name", ADVANTAGES)
+@pytest.mark.parametrize("name", sorted(ADVANTAGES.keys() - {"gae"}))  # whose baseline comes later, from values
 def test_no_spread_gives_exact_zeros(name: str) -> None:
     # 0.1 has no exact mean in float32: centring alone would leave rounding, which a division by std would blow up
     if name != "reinforce":

@@ -65,6 +65,18 @@ def test_the_dtype_is_the_base_folders_unless_asked_otherwise(tmp_path: Path) ->
         assert torch.equal(half.get_parameter(name), p.to(torch.bfloat16)), name
 
 
+def test_a_value_head_stays_behind(tmp_path: Path) -> None:
+    spec = ModelSpec("qwen3", 259, 16, 24, 2, 4, 2, 4, qk_norm=True)
+    engine = TrainEngine(Decoder(spec), TrainingConfig(), device="cpu", total_steps=10, value_head=True)
+    init_weights(engine.model, 0)
+    saver = Saver(engine, CheckpointConfig(), describe(spec))
+    saver.save(tmp_path / "step-000001")
+    saver.wait()
+    export_checkpoint(tmp_path / "step-000001", tmp_path / "out")
+    for name, p in load_model(tmp_path / "out").named_parameters():
+        assert torch.equal(p, engine.model.get_parameter(name)), name
+
+
 def test_what_cannot_be_exported_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     trained(tmp_path / "step-000001", described=False)
     with pytest.raises(ModelError, match=r"step-000001 does not describe its model"):

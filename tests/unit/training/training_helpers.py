@@ -24,7 +24,7 @@ def make_model(seed: int = 0, **changes: Any) -> Decoder:
 
 
 def make_engine(model: Decoder | None = None, **changes: Any) -> TrainEngine:
-    names = ("dtype", "temperature", "world_size", "entropy_gradient")
+    names = ("dtype", "temperature", "world_size", "entropy_gradient", "value_head")
     options = {name: changes.pop(name) for name in names if name in changes}
     cfg = TrainingConfig(**({"lr": 1e-2, "eps": 1e-4} | changes))
     return TrainEngine(model or make_model(), cfg, device="cpu", total_steps=100, **options)
