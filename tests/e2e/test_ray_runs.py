@@ -28,8 +28,20 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 def start(recipe: Path, environment: dict[str, str], *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "asystem", "train", "recipe=larger", "runtime=ray", *overrides]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=recipe.parent.parent, env=environment, text=True, **pipes)  # type: ignore[call-overload, no-any-return]
+    return subprocess.Popen(
+        command,
+        cwd=recipe.parent.parent,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=_as_from_a_terminal,
+    )
+
+
+def _as_from_a_terminal() -> None:
+    """Ctrl-C counts, even where these tests run in the background of a shell, which has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def left_over(environment: dict[str, str]) -> list[str]:
