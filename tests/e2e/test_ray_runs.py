@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,13 @@ LONG = ("steps=10000", "training.warmup.steps=0")
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     outside = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return outside | {"PYTHONPATH": str(ROOT), "ASYSTEM_TEST": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    found = outside | {"PYTHONPATH": str(ROOT), "ASYSTEM_TEST": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    yield found
+    for pid in left_over(found):  # of a test that failed: else they would slow down all others
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def start(recipe: Path, environment: dict[str, str], *overrides: str) -> subprocess.Popen[str]:
@@ -44,8 +49,8 @@ def _as_from_a_terminal() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def left_over(environment: dict[str, str]) -> list[str]:
-    """Processes of the test, by the variable that it put into their environment."""
+def left_over(environment: dict[str, str]) -> dict[int, str]:
+    """Processes of the test and their command lines, by the variable that it put into their environment."""
     mark = f"ASYSTEM_TEST={environment['ASYSTEM_TEST']}".encode()
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
@@ -54,7 +59,7 @@ def left_over(environment: dict[str, str]) -> list[str]:
                 found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         except OSError:
             continue
-    return [line for line in found.values() if line]
+    return {pid: line for pid, line in found.items() if line}
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
