@@ -13,10 +13,11 @@ quickstart: .venv/.installed
 test unit: export OMP_NUM_THREADS = 1
 
 test: .venv/.dev
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n 2 tests/unit
+	$(BIN)/python -m pytest tests --ignore=tests/unit
 
 unit: .venv/.dev
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 2 tests/unit
 
 check: .venv/.dev
 	$(BIN)/ruff check asystem tests recipes benchmarks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from functools import reduce
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ def write_recipe(folder: Path, text: str) -> Path:
     return folder
 
 
-OPTIONS = sorted(f"{group}={file.stem}" for group in GROUPS for file in (shipped("configs") / group).glob("*.yaml"))
+OPTIONS = [[f"{group}={file.stem}" for file in sorted((shipped("configs") / group).glob("*.yaml"))] for group in GROUPS]
+TOGETHER = list(zip_longest(*OPTIONS))
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
@@ -30,9 +32,10 @@ def test_each_recipe_composes(recipe: str) -> None:
     assert Path(config.recipe_dir, "config.yaml").is_file()
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_each_option_composes(option: str) -> None:
-    load_config(["recipe=quickstart", option])
+@pytest.mark.parametrize("options", TOGETHER)
+def test_each_option_composes(options: tuple[str | None, ...]) -> None:
+    """Those of different groups at once, for composing takes a fifth of a second."""
+    load_config(["recipe=quickstart", *filter(None, options)])
 
 
 def test_values_arrive_as_the_schema_types() -> None:
