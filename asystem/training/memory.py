@@ -82,6 +82,8 @@ def free_memory(device: torch.device) -> int | None:
     (`torch.cuda.set_per_process_memory_fraction`); None on a CPU, whose memory is no fixed card."""
     if device.type != "cuda":
         return None
+    if device.index is None:  # "cuda" alone: not every function below takes it
+        device = torch.device("cuda", torch.cuda.current_device())
     free, total = torch.cuda.mem_get_info(device)
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
