@@ -45,7 +45,7 @@ class TrainEngine:
         world_size: ranks of the default process group, which stands already when more than 1.
         total_steps: optimizer steps of the schedule.
         temperature: of the distribution that log-probabilities are taken under; the one rollouts are sampled at.
-        entropy_gradient: the loss uses the entropy, which costs memory for its gradient.
+        entropy_gradient: the loss uses the entropy's gradient.
         value_head: beside log-probabilities and entropies a loss gets values, of a head that trains along.
         seed: of the adapters' first weights.
 
@@ -213,7 +213,6 @@ class TrainEngine:
                 dtype=self.dtype,
                 ranks=self.world_size,
                 device=self.device.type,
-                entropy_gradient=self.policy.entropy_gradient,
             )
             plan.check(tokens, free)
         self._fitting = tokens

@@ -29,9 +29,9 @@ from torch import nn
 from asystem.config import Compile, Master, Optimizer, Recompute, TrainingConfig
 from asystem.errors import CapacityError
 from asystem.models import Decoder, FrozenLinear, ModelSpec, add_lora
+from asystem.training.head import chunk_rows
 from asystem.training.offload import PLACES
 from asystem.training.optimizer import PIECE
-from asystem.training.policy import CHUNK_ELEMENTS
 from asystem.training.states import block_size
 
 STEP = 64  # tokens; sizes of a micro-batch that are proposed are multiples of it
@@ -82,8 +82,8 @@ def free_memory(device: torch.device) -> int | None:
     (`torch.cuda.set_per_process_memory_fraction`); None on a CPU, whose memory is no fixed card."""
     if device.type != "cuda":
         return None
-    if device.index is None:  # "cuda" alone: not every function below takes it
-        device = torch.device("cuda", torch.cuda.current_device())
+    index: int | None = device.index  # "cuda" alone has none, and not every function below takes it
+    device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
     free, total = torch.cuda.mem_get_info(device)
     allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     limit = int(total * torch.cuda.get_per_process_memory_fraction(device))
@@ -105,10 +105,8 @@ class TrainingPlan:
         dtype: torch.dtype,
         ranks: int = 1,
         device: str = "cuda",
-        entropy_gradient: bool = False,
     ) -> None:
         self.spec, self.cfg, self.dtype, self.ranks = spec, cfg, dtype, ranks
-        self.entropy_gradient = entropy_gradient
         self.offloads = cfg.offload_optimizer and device == "cuda"
         self.compiled = cfg.compile is Compile.always or (cfg.compile is Compile.auto and device == "cuda")
         self.stochastic = cfg.master is Master.bfloat16_stochastic
@@ -262,12 +260,11 @@ class TrainingPlan:
         )
 
     def _head(self, tokens: int) -> int:
-        """Three float32 [rows, vocabulary] at once, five where the entropy has a gradient, and the gradient of the
-        head's weights of one chunk beside their sum."""
-        rows = min(tokens, max(1, CHUNK_ELEMENTS // self.spec.vocab_size))
-        logits = 4 * (5 if self.entropy_gradient else 3) * rows * self.spec.vocab_size
+        """Logits of a chunk, and where it trains the gradient of its weights."""
+        rows = min(tokens, chunk_rows(self.spec.vocab_size))
+        logits = rows * self.spec.vocab_size * self.dtype.itemsize
         head = self.model.head_weight()
-        return logits + (head.numel() * self.dtype.itemsize * (1 + (tokens > rows)) if head.requires_grad else 0)
+        return logits + (head.numel() * self.dtype.itemsize if head.requires_grad else 0)
 
     def _state_size(self) -> int:
         return self.dtype.itemsize if self.stochastic else 4

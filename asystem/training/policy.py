@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from asystem.data.packing import PackedBatch
 from asystem.errors import ConfigError
 from asystem.models import Decoder, PackedAttention
-
-# Logits held at once. 2^27 float32 are 512 MiB; softmax and its gradient hold about three times that.
-CHUNK_ELEMENTS = 2**27
+from asystem.training.head import token_logprobs
 
 
 class Policy(nn.Module):
@@ -53,41 +50,10 @@ class Policy(nn.Module):
         labels = packed.labels.index_select(0, rows)
         hidden = hidden.index_select(0, rows)
         logprobs, entropy = token_logprobs(
-            self.decoder, hidden, labels, self.temperature, entropy_gradient=self.entropy_gradient
+            self.decoder.head_weight(), hidden, labels, self.temperature, entropy_gradient=self.entropy_gradient
         )
         empty = torch.zeros(len(packed.tokens), device=hidden.device)
         scores = [logprobs, entropy]
         if self.value_head is not None:
             scores.append(hidden.float() @ self.value_head.float())
         return tuple(empty.index_copy(0, rows, score) for score in scores)
-
-
-def token_logprobs(
-    decoder: Decoder,
-    hidden: Tensor,
-    labels: Tensor,
-    temperature: float,
-    chunk_elements: int = CHUNK_ELEMENTS,
-    *,
-    entropy_gradient: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies [M] float32 of labels [M] after hidden states [M, D].
-
-    Logits [M, V] are computed some rows at a time, and once more in the backward pass, unless all fit in
-    ``chunk_elements``.
-    """
-
-    def head(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        logprobs = (decoder.logits(hidden) / temperature).log_softmax(dim=-1)
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            entropy = -(logprobs.exp() * logprobs).sum(dim=-1)
-        return logprobs.gather(1, labels[:, None]).squeeze(1), entropy
-
-    rows = max(1, chunk_elements // decoder.spec.vocab_size)
-    if len(labels) <= rows:
-        return head(hidden, labels)
-    chunks = [
-        checkpoint(head, h, y, use_reentrant=False, preserve_rng_state=False)
-        for h, y in zip(torch.split(hidden, rows), torch.split(labels, rows), strict=True)
-    ]
-    return torch.cat([logprobs for logprobs, _ in chunks]), torch.cat([entropy for _, entropy in chunks])

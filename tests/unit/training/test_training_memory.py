@@ -143,7 +143,7 @@ def test_the_plan_of_a_model_of_0_6_billion() -> None:
     assert plan.gradients == 4 * count + 2 * 151_936 * 1024
     token = 2 * (4 * 1024 + 3 * 2048 + 3 * 1024 + 3 * 3072) + 4 * (2 + 16 + 24)
     assert plan.activations == 16_384 * (28 * token + 3 * 2 * 1024)
-    assert plan.head == 12 * (2**27 // 151_936) * 151_936 + 2 * 2 * 151_936 * 1024
+    assert plan.head == 2 * 768 * 151_936 + 2 * 151_936 * 1024
     assert plan.total == plan.held + plan.gradients + plan.activations + plan.head
 
 
