@@ -70,10 +70,12 @@ def test_a_pool_takes_what_is_left_of_a_smaller_card(allocated: int) -> None:
     )
     gc.collect()
     torch.cuda.empty_cache()
-    config = GenerationConfig(max_running=64, prefill_tokens=1024, memory_fraction=1.0)
+    fraction = 0.9  # the allocator's own waste takes some of the rest
+    config = GenerationConfig(max_running=64, prefill_tokens=1024, memory_fraction=fraction)
     plan = plan_memory(SPEC, config, max_length=LENGTH, dtype=torch.bfloat16)
     card = torch.cuda.mem_get_info()[1]
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + plan.workspace + plan.kv // 3) / card)
+    wanted = torch.cuda.memory_allocated() + plan.workspace + plan.kv // 3
+    torch.cuda.set_per_process_memory_fraction(wanted / fraction / card)
     engine = Engine(model, config, stop_ids=[], seed=0, max_length=LENGTH)
     assert engine.scheduler.pool.num_blocks == pytest.approx(plan.num_blocks / 3, rel=0.02)
     for got, expected in zip(run(engine), want, strict=True):
@@ -81,6 +83,6 @@ def test_a_pool_takes_what_is_left_of_a_smaller_card(allocated: int) -> None:
     del engine
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + plan.workspace) / card)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + plan.workspace) / fraction / card)
     with pytest.raises(CapacityError, match="one sequence of 384 tokens needs"):
         Engine(model, config, stop_ids=[], seed=0, max_length=LENGTH)

@@ -70,8 +70,8 @@ def test_offloading_frees_the_device() -> None:
 @pytest.mark.parametrize("name", [name for name in CHOICES if name != "float32"])
 def test_fewer_bits_learn_as_float32(name: str) -> None:
     expected, found = _losses(_engine(), 30), _losses(_engine(**CHOICES[name]), 30)
-    assert expected[-1] < 0.9 * expected[2]
-    assert found == pytest.approx(expected, rel=0.05)
+    assert found[:12] == pytest.approx(expected[:12], rel=0.05)  # later on, paths of low loss part
+    assert max(found[-3:]) < 0.2 * found[0] and max(expected[-3:]) < 0.2 * expected[0]
 
 
 @pytest.mark.parametrize("recompute", Recompute)

@@ -30,6 +30,7 @@ def _engine(device: str, dtype: torch.dtype, world_size: int = 1, seed: int = 0)
     return TrainEngine(model, cfg, device=device, dtype=dtype, world_size=world_size, total_steps=10)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
 def test_float32_equals_the_cpu() -> None:
     micro = pack(make_samples(LENGTHS), budget=100)
     here, there = _engine("cuda", torch.float32), _engine("cpu", torch.float32)
