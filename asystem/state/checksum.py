@@ -9,6 +9,8 @@ It costs one product a number: less than copying it.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -25,15 +27,23 @@ def checksum(block: Tensor, box: Box, shape: tuple[int, ...]) -> int:
         return 0
     width = box.shape[-1]
     rows = block.reshape(-1, width).view(_BITS[block.element_size()])
-    row_weights = _weights(_row_numbers(box, shape, block.device))
-    column_weights = _weights(torch.arange(box.start[-1], box.stop[-1], device=block.device))
+    row_weights, column_weights = _place_weights(box, shape, block.device)
     total = torch.zeros((), dtype=torch.int64, device=block.device)
     at_once = 1 << (24 if block.is_cuda else 18)  # numbers: a part that stays in a processor's cache
     count = max(1, at_once // width)
     for start in range(0, len(rows), count):
-        products = rows[start : start + count].to(torch.int32) * column_weights  # wraps, as sums do
-        total += (products.sum(1, dtype=torch.int32) * row_weights[start : start + count]).sum()
+        part = rows[start : start + count].to(torch.int32)
+        # They wrap around. CUDA has no matrix product of integers.
+        sums = (part * column_weights).sum(1, dtype=torch.int32) if block.is_cuda else part.mv(column_weights)
+        total += (sums * row_weights[start : start + count]).sum()
     return int(total) % MODULUS
+
+
+@lru_cache(maxsize=256)  # layers have the same shapes
+def _place_weights(box: Box, shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of a block's rows, and of its columns."""
+    columns = torch.arange(box.start[-1], box.stop[-1], device=device)
+    return _weights(_row_numbers(box, shape, device)), _weights(columns)
 
 
 def _row_numbers(box: Box, shape: tuple[int, ...], device: torch.device) -> Tensor:
