@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_attention
+from asystem.generation.kernels.few import FewRows
 from asystem.generation.kernels.grouped import grouped_tiles
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
-from asystem.generation.kernels.linear import is_skinny, linear, norm_linear, takes_norm
+from asystem.generation.kernels.linear import MOST_ROWS, is_skinny, linear, norm_linear, takes_norm
 from asystem.generation.kernels.sampling import draw
 from asystem.generation.kernels.tiled import is_tiled, tiled_linear
 from asystem.generation.kv_cache import KVCache
@@ -67,6 +68,7 @@ class CapturedRunner:
         self._lengths = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self._cos, self._sin = model.rotary(torch.arange(max_length, device=device))
         self._crowds = _CrowdTable(num_rows, device)
+        self._few = FewRows(model.spec.num_heads, model.spec.num_kv_heads, max_length, device)
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._graphs: dict[tuple[int, _Sharing], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None  # an opaque handle
@@ -81,8 +83,10 @@ class CapturedRunner:
     def decode(self, steps: int, context: StepContext) -> None:
         with torch.cuda.device(self.rows.device):
             self._forget_moved_weights(context.version)
-            sharing = self._crowds.refresh(self.rows, context.num_rows, self.cache.block_size)
             batch = _bucket(context.num_rows, len(self._lengths))
+            sharing = _ALONE
+            if batch > MOST_ROWS:
+                sharing = self._crowds.refresh(self.rows, context.num_rows, self.cache.block_size)
             graph = None if context.truncated else self._graph(batch, sharing)
             self._control[0].fill_(context.num_rows)
             self._control[1].fill_(context.version)
@@ -132,12 +136,14 @@ class CapturedRunner:
         )  # fmt: skip
         qkv = _project(blocks[0].attn.qkv_proj, hidden)
         with self._kept(batch):
-            for index, block in enumerate(blocks):
-                product = block.reduce(_project(block.attn.o_proj, self._attend(block, qkv, batch, sharing)))
-                product, x = _mlp(block, x, product)
-                if index + 1 < len(blocks):
-                    follower = blocks[index + 1]
-                    qkv, x = _norm_project(x, product, follower.attn_norm, follower.attn.qkv_proj)
+            for block, follower in zip(blocks, [*blocks[1:], None], strict=True):
+                down = getattr(block.mlp, "down_proj", None)  # experts have none
+                attended = self._attend(block, qkv, batch, sharing)
+                product = block.reduce(_project(block.attn.o_proj, attended, ahead=down))
+                product, x = _mlp(block, x, product, follower)
+                if follower is not None:
+                    attn = follower.attn
+                    qkv, x = _norm_project(x, product, follower.attn_norm, attn.qkv_proj, ahead=attn.o_proj)
         hidden = add_rms_norm(x, product, model.norm.weight, model.norm.eps)
         logits = head_logits(model, hidden, self._exact_head)
         if truncated:
@@ -160,10 +166,13 @@ class CapturedRunner:
         if q_norm is not None and k_norm is not None and q_norm.weight.numel() != attn.head_dim:
             _norm_whole(qkv, q_norm, k_norm)
             q_norm = k_norm = None
-        rotary_write(
+        turned = (
             qkv, None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
-            0.0 if q_norm is None else q_norm.eps, self._cos, self._sin, lengths, table, keys, values, attn.num_heads,
+            0.0 if q_norm is None else q_norm.eps, self._cos, self._sin, lengths, table, keys, values,
         )  # fmt: skip
+        if batch <= MOST_ROWS:
+            return self._few.attend(*turned, ahead=_matrix(getattr(block.mlp, "gate_up_proj", None)))
+        rotary_write(*turned, attn.num_heads)
         splits = self._splits(batch * attn.num_kv_heads)
         return decode_attention(
             qkv, keys, values, table, lengths, attn.num_heads, splits=splits,
@@ -191,18 +200,19 @@ class CapturedRunner:
         rows.done[used] = torch.where(active, done, rows.done[used])
 
 
-def _mlp(block: Block, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _mlp(block: Block, x: Tensor, y: Tensor, follower: Block | None) -> tuple[Tensor, Tensor]:
     """What the block's MLP or experts make of norm(x + y), and x + y."""
     if not isinstance(block.mlp, MLP):
         return block.mlp(add_rms_norm(x, y, block.mlp_norm.weight, block.mlp_norm.eps), grouped_tiles), x
-    gated, x = _norm_project(x, y, block.mlp_norm, block.mlp.gate_up_proj, gate=True)
+    ahead = None if follower is None else follower.attn.qkv_proj
+    gated, x = _norm_project(x, y, block.mlp_norm, block.mlp.gate_up_proj, gate=True, ahead=ahead)
     return block.reduce(_project(block.mlp.down_proj, gated)), x
 
 
-def _project(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), by a kernel of ours where that is quicker."""
+def _project(module: nn.Module, x: Tensor, *, ahead: nn.Module | None = None) -> Tensor:
+    """module(x), by a kernel of ours where that is quicker, which brings the matrix `ahead` nearer meanwhile."""
     if isinstance(module, (nn.Linear, QuantizedLinear)) and is_skinny(x, module.weight):
-        return linear(x, module.weight, module.bias, _scale(module))
+        return linear(x, module.weight, module.bias, _scale(module), ahead=_matrix(ahead))
     if isinstance(module, QuantizedLinear) and is_tiled(x):
         return tiled_linear(x, module.weight, module.channel_scale, module.bias)
     out: Tensor = module(x)
@@ -220,12 +230,18 @@ def _scale(module: nn.Linear | QuantizedLinear) -> Tensor | None:
     return module.channel_scale if isinstance(module, QuantizedLinear) else None
 
 
+def _matrix(module: nn.Module | None) -> Tensor | None:
+    return module.weight if isinstance(module, (nn.Linear, QuantizedLinear)) else None
+
+
 def _norm_project(
-    x: Tensor, y: Tensor, norm: RMSNorm, module: nn.Module, *, gate: bool = False
+    x: Tensor, y: Tensor, norm: RMSNorm, module: nn.Module, *, gate: bool = False, ahead: nn.Module | None = None
 ) -> tuple[Tensor, Tensor]:
     """module(norm(x + y)), with silu(gate) * up of it where that is what it computes, and x + y."""
     if isinstance(module, (nn.Linear, QuantizedLinear)) and is_skinny(x, module.weight) and takes_norm(module.weight):
-        return norm_linear(x, y, norm.weight, norm.eps, module.weight, module.bias, _scale(module), swiglu=gate)
+        return norm_linear(
+            x, y, norm.weight, norm.eps, module.weight, module.bias, _scale(module), swiglu=gate, ahead=_matrix(ahead)
+        )
     product = _project(module, add_rms_norm(x, y, norm.weight, norm.eps))
     return swiglu(product) if gate else product, x
 
@@ -235,6 +251,9 @@ class _Sharing(NamedTuple):
 
     crowds: int  # places for them: programs that find theirs empty are not free
     splits: int  # parts that each prefix is cut into
+
+
+_ALONE = _Sharing(0, 1)
 
 
 class _CrowdTable:
@@ -248,7 +267,7 @@ class _CrowdTable:
             torch.zeros(num_rows, dtype=torch.int32, device=device),
         )
         self._seen: tuple[int, int] | None = None
-        self._sharing = _Sharing(0, 1)
+        self._sharing = _ALONE
 
     def of(self, batch: int, sharing: _Sharing) -> Crowds | None:
         if not sharing.crowds:
@@ -264,7 +283,7 @@ class _CrowdTable:
         table, position = rows.table[:num_rows].cpu().numpy(), rows.position[:num_rows].cpu().numpy()
         found = find_crowds(table, position, block_size)
         saved = sum(shared * (len(members) - 1) for members, shared in found)
-        self._sharing = _Sharing(0, 1)
+        self._sharing = _ALONE
         if found and saved >= _MIN_SHARED * (position + 1).sum():
             self._write(found)
             longest = max(shared for _, shared in found)
