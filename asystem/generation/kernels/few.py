@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asystem.generation.kernels.launch import overlaps, prefetch
+from asystem.generation.kernels.launch import overlaps
 from asystem.generation.kernels.linear import MOST_ROWS
 
 _KEYS = 64  # a tile; a part is at least one
@@ -57,7 +57,7 @@ def _attend_tile(
 @triton.jit
 def _few_kernel(
     qkv, q_weight, k_weight, cos, sin, lengths, table, keys, values, out, part_acc, part_sum, part_max, arrived,
-    table_stride, num_rows, scale, eps, ahead, ahead_bytes,
+    table_stride, num_rows, scale, eps,
     SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr,
     KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, N: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
@@ -86,10 +86,8 @@ def _few_kernel(
     c = tl.load(cos + position * PAIRS + pair, mask=(pair < PAIRS) & (position >= 0), other=1.0)
     s = tl.load(sin + position * PAIRS + pair, mask=(pair < PAIRS) & (position >= 0), other=0.0)
     if OVERLAP:
-        program = (kv_head * tl.num_programs(1) + tl.program_id(1)) * SPLITS + split
-        prefetch(ahead, ahead_bytes, program, tl.num_programs(0) * tl.num_programs(1) * SPLITS)
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     if position < 0:
         return
     lane = tl.arange(0, M)
@@ -138,32 +136,34 @@ def _few_kernel(
     cell_mask = real[:, None] & (columns < HEAD)
     if SPLITS == 1:
         tl.store(out + cells, (acc / total[:, None]).to(out.dtype.element_ty), mask=cell_mask)
-        return
-    heads = num_rows * (KV_HEADS * GROUP)
-    tl.store(part_acc + split * heads * HEAD + cells, acc, mask=cell_mask)
-    tl.store(part_sum + split * heads + head, total, mask=real)
-    tl.store(part_max + split * heads + head, peak, mask=real)
-    tl.debug_barrier()
-    if tl.atomic_add(arrived + row * KV_HEADS + kv_head, 1) == SPLITS - 1:
-        tl.store(arrived + row * KV_HEADS + kv_head, 0)
-        slot, member = tl.arange(0, SPLITS_PAD), tl.arange(0, LANES)
-        own = row * (KV_HEADS * GROUP) + kv_head * GROUP + member
-        places = slot[:, None] * heads + own[None, :]
-        there = (slot < SPLITS)[:, None] & (member < GROUP)[None, :]
-        peaks = tl.load(part_max + places, mask=there, other=-1.0e30, cache_modifier=".cg")
-        sums = tl.load(part_sum + places, mask=there, other=0.0, cache_modifier=".cg")
-        highest = tl.max(peaks, 0)
-        whole = tl.where(member < GROUP, tl.sum(sums * tl.exp2(peaks - highest[None, :]), 0), 1.0)
-        own_cells = own[:, None] * HEAD + columns
-        own_mask = (member < GROUP)[:, None] & (columns < HEAD)
-        joined = tl.zeros([LANES, HEAD_PAD], tl.float32)
-        for other in tl.static_range(SPLITS):
-            part = tl.load(part_acc + other * heads * HEAD + own_cells, mask=own_mask, other=0.0, cache_modifier=".cg")
-            part_peak = tl.load(
-                part_max + other * heads + own, mask=member < GROUP, other=-1.0e30, cache_modifier=".cg"
-            )
-            joined += part * tl.exp2(part_peak - highest)[:, None]
-        tl.store(out + own_cells, (joined / whole[:, None]).to(out.dtype.element_ty), mask=own_mask)
+    else:
+        heads = num_rows * (KV_HEADS * GROUP)
+        tl.store(part_acc + split * heads * HEAD + cells, acc, mask=cell_mask)
+        tl.store(part_sum + split * heads + head, total, mask=real)
+        tl.store(part_max + split * heads + head, peak, mask=real)
+        tl.debug_barrier()
+        if tl.atomic_add(arrived + row * KV_HEADS + kv_head, 1) == SPLITS - 1:
+            tl.store(arrived + row * KV_HEADS + kv_head, 0)
+            slot, member = tl.arange(0, SPLITS_PAD), tl.arange(0, LANES)
+            own = row * (KV_HEADS * GROUP) + kv_head * GROUP + member
+            places = slot[:, None] * heads + own[None, :]
+            there = (slot < SPLITS)[:, None] & (member < GROUP)[None, :]
+            peaks = tl.load(part_max + places, mask=there, other=-1.0e30, cache_modifier=".cg")
+            sums = tl.load(part_sum + places, mask=there, other=0.0, cache_modifier=".cg")
+            highest = tl.max(peaks, 0)
+            whole = tl.where(member < GROUP, tl.sum(sums * tl.exp2(peaks - highest[None, :]), 0), 1.0)
+            own_cells = own[:, None] * HEAD + columns
+            own_mask = (member < GROUP)[:, None] & (columns < HEAD)
+            joined = tl.zeros([LANES, HEAD_PAD], tl.float32)
+            for other in tl.static_range(SPLITS):
+                part = tl.load(
+                    part_acc + other * heads * HEAD + own_cells, mask=own_mask, other=0.0, cache_modifier=".cg"
+                )
+                part_peak = tl.load(
+                    part_max + other * heads + own, mask=member < GROUP, other=-1.0e30, cache_modifier=".cg"
+                )
+                joined += part * tl.exp2(part_peak - highest)[:, None]
+            tl.store(out + own_cells, (joined / whole[:, None]).to(out.dtype.element_ty), mask=own_mask)
 
 
 class FewRows:
@@ -181,7 +181,7 @@ class FewRows:
 
     def attend(
         self, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor,
-        lengths: Tensor, table: Tensor, keys: Tensor, values: Tensor, ahead: Tensor | None = None,
+        lengths: Tensor, table: Tensor, keys: Tensor, values: Tensor,
     ) -> Tensor:  # fmt: skip
         """What `rotary_write` and `decode_attention` make of a row's projections, which it leaves as they are.
 
@@ -189,7 +189,6 @@ class FewRows:
             qkv: [B, (Hq + 2 * Hk) * d], B at most `MOST_ROWS`. q_weight, k_weight: [d], of the heads' RMSNorm, or None.
             cos, sin: [positions, r / 2] float32. lengths: [B] int32, the new token included; 0 = the row stands still.
             table: [B, M] int64. keys, values: [blocks, Hk, block_size, d]; the new token's place is written.
-            ahead: what a later launch reads; it comes into the device's cache meanwhile.
 
         Returns:
             [B, Hq * d] in qkv's dtype; rows of length 0 are not written.
@@ -205,7 +204,6 @@ class FewRows:
         _few_kernel[(kv_heads, rows, self.splits)](
             qkv, q_weight if norm else qkv, k_weight if norm else qkv, cos, sin, lengths, table, keys, values, out,
             acc, total, peak, self._arrived, table.stride(0), rows, head**-0.5 * 1.4426950408889634, eps,
-            qkv if ahead is None else ahead, 0 if ahead is None else ahead.nbytes,
             SPLITS=self.splits, SPLITS_PAD=triton.next_power_of_2(self.splits), GROUP=group,
             LANES=triton.next_power_of_2(group), M=max(16, triton.next_power_of_2(group)), KV_HEADS=kv_heads, HEAD=head,
             HEAD_PAD=triton.next_power_of_2(head), HALF=max(16, triton.next_power_of_2(head // 2)),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asystem.generation.kernels.launch import overlaps, prefetch
+from asystem.generation.kernels.launch import overlaps
 
 MOST_ROWS = 4  # beyond, a library's product on the matrix units is as good
 _ELEMENTS = 8192  # of products that one program holds
@@ -17,7 +17,7 @@ _MOST_OUT = 1 << 15  # larger outputs (the head) reach the bandwidth in cuBLAS t
 
 @triton.jit
 def _skinny_kernel(
-    x, y, gain, weight, scales, bias, total_out, out, n, k, eps, ahead, ahead_bytes,
+    x, y, gain, weight, scales, bias, total_out, out, n, k, eps,
     BATCH: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
     SWIGLU: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -32,9 +32,8 @@ def _skinny_kernel(
         second = tl.load(weight + n.to(tl.int64) * k + place, mask=mask, other=0.0)
     # No kernel of the step writes weights: they are on their way before the input is there.
     if OVERLAP:
-        prefetch(ahead, ahead_bytes, tl.program_id(0), tl.num_programs(0))
+        tl.extra.cuda.gdc_launch_dependents()  # what follows reads weights first, too
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     source = batch[:, None] * k + column[None, :]
     source_mask = (column < k)[None, :]
     value = tl.load(x + source, mask=source_mask, other=0.0).to(tl.float32)
@@ -79,17 +78,15 @@ def is_skinny(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, *, swiglu: bool = False,
-    ahead: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None, *, swiglu: bool = False
+) -> Tensor:
     """x [B, K] times weight [N, K] transposed, plus bias [N]; B a power of two.
 
     Args:
         scale: [N] float32, of the rows of an 8-bit weight (`models.quantized`); None = the weight is as it is.
         swiglu: weight holds gate and up, N / 2 rows each, and the result is silu(gate) * up, [B, N / 2].
-        ahead: what a later launch reads; it comes into the device's cache meanwhile.
     """
-    return _launch(x, None, None, 0.0, weight, bias, scale, swiglu, ahead)[0]
+    return _launch(x, None, None, 0.0, weight, bias, scale, swiglu)[0]
 
 
 def takes_norm(weight: Tensor) -> bool:
@@ -99,19 +96,19 @@ def takes_norm(weight: Tensor) -> bool:
 
 def norm_linear(
     x: Tensor, y: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None,
-    scale: Tensor | None = None, *, swiglu: bool = False, ahead: Tensor | None = None,
+    scale: Tensor | None = None, *, swiglu: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`linear` of RMSNorm(x + y): x, y [B, K], gain [K]; see `linear`, `takes_norm`.
 
     Returns:
         The product, and x + y [B, K].
     """
-    return _launch(x, y, gain, eps, weight, bias, scale, swiglu, ahead)
+    return _launch(x, y, gain, eps, weight, bias, scale, swiglu)
 
 
 def _launch(
     x: Tensor, y: Tensor | None, gain: Tensor | None, eps: float, weight: Tensor, bias: Tensor | None,
-    scale: Tensor | None, swiglu: bool, ahead: Tensor | None,
+    scale: Tensor | None, swiglu: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (batch, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
     out = x.new_empty(batch, n)
@@ -121,8 +118,7 @@ def _launch(
     overlap = overlaps(x.device)
     _skinny_kernel[(triton.cdiv(n, rows),)](
         x, x if y is None else y, x if gain is None else gain, weight, x if scale is None else scale,
-        x if bias is None else bias, total, out, n, k, eps, x if ahead is None else ahead,
-        0 if ahead is None else ahead.nbytes, BATCH=batch, ROWS=rows, K=block, SCALED=scale is not None,
+        x if bias is None else bias, total, out, n, k, eps, BATCH=batch, ROWS=rows, K=block, SCALED=scale is not None,
         BIAS=bias is not None, SWIGLU=swiglu, NORM=y is not None, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     return out, total
