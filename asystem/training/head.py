@@ -28,15 +28,19 @@ def token_logprobs(
     temperature: float = 1.0,
     *,
     entropy_gradient: bool = False,
+    keep_logits: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [M] float32 of labels [M] after hidden states [M, D], head's weight [V, D].
 
     Logits are rounded to the model's dtype, as generation's are, and all else is computed in float32. They are computed
-    again in the backward pass, unless all fit in ``chunk_elements``. The entropy has a gradient if asked for.
+    again in the backward pass, unless all fit in ``chunk_elements`` or ``keep_logits`` has all of them wait for it. The
+    entropy has a gradient if asked for.
     """
+    keep = keep_logits and torch.is_grad_enabled()
+    rows = max(1, len(labels)) if keep else chunk_rows(weight.shape[0], chunk_elements)
     logprobs, entropy = _Head.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, temperature, chunk_rows(weight.shape[0], chunk_elements), entropy_gradient
+        hidden, weight, labels, temperature, rows, entropy_gradient
     )
     return logprobs, entropy
 

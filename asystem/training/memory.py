@@ -261,7 +261,7 @@ class TrainingPlan:
 
     def _head(self, tokens: int) -> int:
         """Logits of a chunk, and where it trains the gradient of its weights."""
-        rows = min(tokens, chunk_rows(self.spec.vocab_size))
+        rows = tokens if self.cfg.keep_logits else min(tokens, chunk_rows(self.spec.vocab_size))
         logits = rows * self.spec.vocab_size * self.dtype.itemsize
         head = self.model.head_weight()
         return logits + (head.numel() * self.dtype.itemsize if head.requires_grad else 0)

@@ -16,6 +16,7 @@ class Policy(nn.Module):
 
     Args:
         value_head: a second head tells the value of each state, at first 0.
+        keep_logits: see `token_logprobs`.
     """
 
     def __init__(
@@ -25,6 +26,7 @@ class Policy(nn.Module):
         *,
         entropy_gradient: bool = False,
         value_head: bool = False,
+        keep_logits: bool = False,
     ) -> None:
         if temperature <= 0:
             raise ConfigError(
@@ -33,7 +35,7 @@ class Policy(nn.Module):
             )
         super().__init__()
         self.decoder = decoder
-        self.temperature, self.entropy_gradient = temperature, entropy_gradient
+        self.temperature, self.entropy_gradient, self.keep_logits = temperature, entropy_gradient, keep_logits
         weight = torch.zeros(decoder.spec.hidden_size, device=decoder.embed.weight.device)
         self.value_head = nn.Parameter(weight) if value_head else None
 
@@ -44,14 +46,15 @@ class Policy(nn.Module):
         The first two are of the tempered distribution that rollouts are sampled from. The entropy has a gradient where
         ``entropy_gradient`` asks for one.
         """
-        attend = PackedAttention(packed.cu_seqlens, packed.max_seqlen)
+        attend = PackedAttention(packed.cu_seqlens, packed.max_seqlen, packed.starts)
         hidden = self.decoder(packed.tokens, packed.positions, attend)
         rows = packed.label_rows
         labels = packed.labels.index_select(0, rows)
         hidden = hidden.index_select(0, rows)
         logprobs, entropy = token_logprobs(
-            self.decoder.head_weight(), hidden, labels, self.temperature, entropy_gradient=self.entropy_gradient
-        )
+            self.decoder.head_weight(), hidden, labels, self.temperature,
+            entropy_gradient=self.entropy_gradient, keep_logits=self.keep_logits,
+        )  # fmt: skip
         empty = torch.zeros(len(packed.tokens), device=hidden.device)
         scores = [logprobs, entropy]
         if self.value_head is not None:

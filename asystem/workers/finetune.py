@@ -55,7 +55,7 @@ class FinetuneWorker(Worker):
             loss, part = loss_fn(packed.to(self.trainer.device), logprobs, torch.zeros_like(logprobs))
             stats += part
             stats.add_sum("loss", float(loss))
-        return stats
+        return stats.settled()
 
     @remote(Dispatch.SPLIT, Collect.CONCAT)
     async def reference(self, batch: ExampleBatch) -> list[Example]:

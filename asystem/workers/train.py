@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -166,20 +167,20 @@ class TrainWorker(Worker):
 
     def _step(self, micro_batches: Sequence[PackedBatch]) -> Stats:
         def loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor, *values: Tensor) -> tuple[Tensor, Stats]:
-            if self._writer is not None:
-                self._keep(packed, logprobs.detach())
             total, stats = policy_loss(
                 logprobs,
                 infer_logprobs=packed.infer_logprobs,
                 advantages=packed.advantages,
                 token_weights=packed.token_weights,
-                mask=packed.mask,
+                rows=packed.label_rows,
                 sequence=packed.sequence,
                 algorithm=self.algorithm,
                 old_logprobs=packed.old_logprobs,
                 ref_logprobs=packed.ref_logprobs,
                 entropy=entropy,
             )
+            if self._writer is not None:
+                stats += Stats.later(partial(self._keep, packed, logprobs.detach()))
             return self._with_value_loss(total, stats, packed, *values)
 
         return self.trainer.step(micro_batches, loss)
@@ -220,7 +221,7 @@ class TrainWorker(Worker):
             old_values=packed.old_values,
             returns=packed.returns,
             token_weights=packed.token_weights,
-            mask=packed.mask,
+            rows=packed.label_rows,
             cfg=self.algorithm.cfg,
         )
         return loss + part, stats + more
@@ -241,7 +242,7 @@ class TrainWorker(Worker):
         reference = self.trainer.logprobs(micro_batches, reference=True)
         return [replace(packed, ref_logprobs=values) for packed, values in zip(micro_batches, reference, strict=True)]
 
-    def _keep(self, packed: PackedBatch, logprobs: Tensor) -> None:
+    def _keep(self, packed: PackedBatch, logprobs: Tensor) -> Stats:
         """Remembers each response's training log-probabilities and correction weights for `rollouts/`."""
         train = logprobs if packed.old_logprobs is None else packed.old_logprobs
         rows = packed.label_rows
@@ -254,6 +255,7 @@ class TrainWorker(Worker):
         columns = zip(torch.split(train[rows].cpu(), lengths), torch.split(kept, lengths), strict=True)
         for rollout, (values, mask) in zip(packed.rollouts, columns, strict=True):
             self._columns[rollout] = (values.tolist(), mask.tolist())
+        return Stats()
 
     def _demonstration(self, row: Row) -> tuple[list[int], list[int]]:
         return (
