@@ -1,8 +1,8 @@
 """Collectives that gradients pass through: sums over the ranks that share layers, and rows on their way to experts.
 
-Shared layers are Megatron-LM's f and g (Shoeybi et al. 2019, arXiv:1909.08053, §3): what enters a layer that is cut over
-ranks is the same on all of them, and each has a part of its gradient; what leaves it is a part on each, and the sum has
-the same gradient on all.
+Sums are Megatron-LM's f and g (Shoeybi et al. 2019, arXiv:1909.08053, §3): what enters a layer that is cut over ranks
+is the same on all of them, and each has a part of its gradient; what leaves it is a part on each, and the sum has the
+same gradient on all.
 
     enter   forward: as it is       backward: summed over ranks
     leave   forward: summed         backward: as it is
@@ -49,7 +49,7 @@ class _Enter(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _sum(grad, ctx.group), None
 
 
@@ -60,7 +60,7 @@ class _Leave(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

@@ -139,7 +139,8 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, product: GroupedProduct | None = None) -> Tensor:
         """[T, D] -> [T, D]; `product` in the place of the layer's own."""
-        out = self._experts(x, *self.router(x), product or self.product)
+        weights, chosen = self.router(x)
+        out = self._experts(x, weights, chosen, product or self.product)
         return out if self.shared is None else out + self.shared(x)
 
     def leave_uncompiled(self) -> None:
@@ -147,7 +148,8 @@ class MoE(nn.Module):
         if not self.router.weight.is_cuda:
             self.product = torch.compiler.disable(self.product)  # type: ignore[no-untyped-call]
         if self.experts.exchange is not None:
-            setattr(self, "_experts", torch.compiler.disable(self._experts))  # noqa: B010 (mypy: a method)
+            uncompiled = torch.compiler.disable(self._experts)  # type: ignore[no-untyped-call]
+            setattr(self, "_experts", uncompiled)  # noqa: B010 (mypy: a method)
 
     def _experts(self, x: Tensor, weights: Tensor, chosen: Tensor, product: GroupedProduct) -> Tensor:
         out: Tensor = self.experts(x, weights, chosen, product)

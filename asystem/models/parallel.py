@@ -1,9 +1,9 @@
 """One decoder cut over ranks: each with its share of the heads and of the MLPs' width, or of the experts.
 
-As in Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053): qkv and gate_up are cut by rows, each of their fused parts for
-itself, o and down by columns, those of experts too. The latter's products are partial, and `Block.reduce` adds them up
-over the ranks; embedding, head, norms and routers are whole on each rank. A reduced sum is the same bits on all ranks,
-so all of them draw the same tokens, and choose the same experts.
+As in Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053): qkv and gate_up are cut by rows, each of their fused parts
+for itself, o and down by columns, those of experts too. The latter's products are partial, and `Block.reduce` adds
+them up over the ranks; embedding, head, norms and routers are whole on each rank. A reduced sum is the same bits on all
+ranks, so all of them draw the same tokens, and choose the same experts.
 
 Experts may be spread over other ranks besides, which bring rows of their own: see `collectives.Exchange`.
 """
@@ -187,7 +187,7 @@ def check_parallel(spec: ModelSpec, size: int, key: str = "generation.tensor_par
     if size == 1:
         return
     if spec.qk_norm_whole:
-        raise ConfigError(f"{key}={size}: {spec.family} norms all heads together, which cannot be cut over ranks; use 1")
+        raise ConfigError(f"{key}={size}: {spec.family} norms all heads together, which ranks cannot share; use 1")
     widths = [("KV heads", spec.num_kv_heads), ("intermediate_size", spec.intermediate_size)]
     if spec.moe is not None:
         widths += [("experts' width", spec.moe.intermediate_size), ("shared expert's width", spec.moe.shared_size)]
@@ -208,9 +208,10 @@ def check_experts(spec: ModelSpec, size: int) -> None:
     if spec.moe is None:
         raise ConfigError(f"training.expert_parallel={size} needs a model with experts; {spec.family} has none: use 1")
     if spec.moe.num_experts % size:
-        fitting = _dividing([spec.moe.num_experts], below=size)
+        count = spec.moe.num_experts
+        fitting = _dividing([count], below=size)
         raise ConfigError(
-            f"training.expert_parallel={size} does not divide the model's experts, {spec.moe.num_experts}: use {fitting}"
+            f"training.expert_parallel={size} does not divide the model's experts, {count}: use {fitting}"
         )
 
 

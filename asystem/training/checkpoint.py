@@ -113,9 +113,7 @@ def write_checkpoint(
         raise TrainingError(f"checkpoint {folder} was not written: {error}") from error
 
 
-def load_checkpoint(
-    folder: Path, tensors: Tensors, *, world_size: int, part: str | None = None
-) -> dict[str, Any]:
+def load_checkpoint(folder: Path, tensors: Tensors, *, world_size: int, part: str | None = None) -> dict[str, Any]:
     """Fills ``tensors`` in place and returns the JSON object. Every rank calls it.
 
     Args:

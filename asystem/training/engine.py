@@ -1,4 +1,4 @@
-"""The training engine: packed micro-batches in, an optimizer step out; one process, or several ranks (`training.ranks`).
+"""The training engine: packed micro-batches in, an optimizer step out; on one process, or on `ranks`.
 
     micro-batches -> forward -> loss_fn -> backward, adding up -> clip -> AdamW on float32 masters -> model
 
@@ -41,8 +41,8 @@ class TrainEngine:
     every call is collective.
 
     Args:
-        model: the whole; its parameters, or those of this rank's part, become ``dtype`` (one rank) or float32 shards (FSDP2, computing in ``dtype``); with
-            ``cfg.lora``, frozen in ``dtype`` beside adapters.
+        model: the whole; its parameters, or those of this rank's part, become ``dtype`` (one rank) or float32 shards
+            (FSDP2, computing in ``dtype``); with ``cfg.lora``, frozen in ``dtype`` beside adapters.
         dtype: of forward and backward; `training.optimizer` says how masters, gradients' sums and moments are kept.
         world_size: ranks of the default process group, which stands already when more than 1.
         total_steps: optimizer steps of the schedule.

@@ -87,7 +87,7 @@ def _group(members: Sequence[Sequence[int]], needed: int) -> Any:
     """The process group of this rank among these; None = the default one, or ``needed`` is 1. All ranks ask for it."""
     if len(members) == 1 or needed == 1:
         return None
-    return dist.new_subgroups_by_enumeration([list(ranks) for ranks in members])[0]
+    return dist.new_subgroups_by_enumeration([list(ranks) for ranks in members])[0]  # type: ignore[no-untyped-call]
 
 
 def shard_policy(policy: Policy, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> None:
@@ -115,8 +115,8 @@ class RankGradients:
     """What several ranks settle about gradients between the backward pass and the update.
 
     Ranks that share layers hold a block's norms and router alike, each all of it. Gradients of the two norms before
-    attention and MLP are whole on each; those of what lies within are parts, of this rank's heads or of its share of the
-    experts' width. Both are made equal, the same bits, so that the weights stay so.
+    attention and MLP are whole on each; those of what lies within are parts, of this rank's heads or of its share of
+    the experts' width. Both are made equal, the same bits, so that the weights stay so.
 
     Args:
         names: of the parameters that train. spec: of this rank's part of the model.
@@ -124,7 +124,8 @@ class RankGradients:
 
     def __init__(self, ranks: Ranks, names: Sequence[str], spec: ModelSpec) -> None:
         shard = ranks.shard
-        self._size, self._group = (1, None) if shard is None else (shard.size, shard.group)
+        self._size = 1 if shard is None else shard.size
+        self._group: Any = None if shard is None else shard.group
         alike = [name for name in names if name.startswith("layers.") and shard and not shard.is_cut(spec, name)]
         # What a gradient is multiplied with after it was added up over ranks.
         self._alike = {
@@ -151,7 +152,7 @@ class RankGradients:
         flat = torch.cat([part.flatten().float() * self._alike[name] for name, part in parts.items()])
         dist.all_reduce(flat, group=self._group)
         sizes = [part.numel() for part in parts.values()]
-        for part, summed in zip(parts.values(), flat.split(sizes), strict=True):
+        for part, summed in zip(parts.values(), torch.split(flat, sizes), strict=True):
             part.copy_(summed.view_as(part))
 
 
