@@ -1,6 +1,7 @@
 """Models: one decoder definition for training and decoding, Hugging Face folders and PEFT adapters in and out."""
 
 from asystem.models.attention import PackedAttention
+from asystem.models.collectives import by_rows, group_name
 from asystem.models.decoder import Attend, Block, Decoder, init_weights
 from asystem.models.frozen import FrozenLinear
 from asystem.models.hf import check_folder, from_hf_state, load_model, save_model, to_hf_state
@@ -30,6 +31,7 @@ __all__ = [
     "RopeScaling",
     "Router",
     "Shard",
+    "by_rows",
     "check_experts",
     "check_folder",
     "check_parallel",
@@ -37,6 +39,7 @@ __all__ = [
     "add_lora",
     "check_lora",
     "from_hf_state",
+    "group_name",
     "init_weights",
     "load_adapter",
     "load_model",

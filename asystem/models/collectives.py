@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -74,6 +75,36 @@ def leave(x: Tensor, group: str) -> Tensor:
     """Out of one: the sum of the ranks' parts."""
     out: Tensor = _Leave.apply(x, group)  # type: ignore[no-untyped-call]
     return out
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def by_rows(
+    compute: Callable[[Tensor, Tensor], Sequence[Tensor]], x: Tensor, labels: Tensor, rank: int, size: int, group: str
+) -> list[Tensor]:
+    """What ``compute`` makes of rows [N, D] and their labels [N], some numbers [N] a row, each rank its share of the
+    rows, which all ranks have.
+
+    Weights inside, which all ranks have too, get ``size`` times the gradient of the share: of shares the mean is the
+    gradient of all rows.
+    """
+    each = -(-len(x) // size)
+    mine = slice(min(len(x), rank * each), min(len(x), (rank + 1) * each))
+    rows: Tensor = _Scale.apply(enter(x, group), 1 / size)  # type: ignore[no-untyped-call]
+    whole = []
+    for part in compute(rows[mine], labels[mine]):
+        padded = F.pad(part, (mine.start, len(x) - mine.stop))
+        whole.append(_Scale.apply(leave(padded, group), float(size)))  # type: ignore[no-untyped-call]
+    return whole
 
 
 class _Travel(torch.autograd.Function):
