@@ -4,10 +4,10 @@
     python benchmarks/ranks.py --device cpu --tiny           the same on gloo ranks and tiny models: does it run?
 
 W1's sequences (128 prompt, 512 response tokens), 128 of them a step, random weights and tokens, AdamW. Each case trains
-five steps over the same batch from the same weights: with one GPU, sharded (FSDP2), with every layer shared (tensor parallel),
-with the experts spread (expert parallel). Losses are compared with one GPU's; they differ by what bfloat16 rounds
-otherwise. The rate is that of the fastest of the last three steps, over all ranks; efficiency is the rate over that of
-one GPU times the ranks. The batch is the same, so each rank has the less to do the more there are.
+five steps over the same batch from the same weights: with one GPU, sharded (FSDP2), with every layer shared (tensor
+parallel), with the experts spread (expert parallel). Losses are compared with one GPU's; they differ by what bfloat16
+rounds otherwise. The rate is that of the fastest of the last three steps, over all ranks; efficiency is the rate over
+that of one GPU times the ranks. The batch is the same, so each rank has the less to do the more there are.
 """
 
 from __future__ import annotations
