@@ -33,7 +33,7 @@ def check(config: Config) -> None:
     """
     is_rl = config.command.value == "train"
     program = (_positions, _algorithm, _rollout, _liveness) if is_rl else (_finetune,)
-    for section in (_run, _model, *program, _training, _memory, _lora, _placement, _precision, _others):
+    for section in (_run, _model, *program, _training, _memory, _lora, _placement, _parallel, _precision, _others):
         for broken, message in section(config):
             if broken:
                 raise ConfigError(message)
@@ -358,6 +358,29 @@ def _placement(config: Config) -> Iterator[Rule]:
         hybrid and (config.training.ranks > 1 or config.generation.ranks > 1),
         f"placement=hybrid with training.ranks={config.training.ranks} and generation.ranks={config.generation.ranks}: "
         "hybrid placement runs on one rank so far; use placement=split",
+    )
+
+
+def _parallel(config: Config) -> Iterator[Rule]:
+    training = config.training
+    ranks, tensor, expert = training.ranks, training.tensor_parallel, training.expert_parallel
+    yield _at_least("training.tensor_parallel", tensor, 1)
+    yield _at_least("training.expert_parallel", expert, 1)
+    yield (
+        ranks % (tensor * expert) != 0,
+        f"training.ranks={ranks} is no multiple of training.tensor_parallel={tensor} x training.expert_parallel="
+        f"{expert}; use {ranks + -ranks % (tensor * expert)}",
+    )
+    cut = f"training.tensor_parallel={tensor}" if tensor > 1 else f"training.expert_parallel={expert}"
+    yield (
+        tensor * expert > 1 and training.lora.rank > 0,
+        f"{cut} cuts matrices over ranks, and adapters (training.lora.rank={training.lora.rank}) stand beside whole "
+        "ones: shard by training.ranks alone",
+    )
+    yield (
+        tensor > 1 and training.optimizer.value == "adamw8bit",
+        f"{cut} cuts rows through the blocks that training.optimizer=adamw8bit scales: use adamw, or "
+        "training.tensor_parallel=1",
     )
 
 

@@ -240,6 +240,8 @@ class LoraConfig:
 @dataclass
 class TrainingConfig:
     ranks: int = 1  # FSDP2 over them when more than 1
+    tensor_parallel: int = 1  # ranks that share every layer, and rows; each has a part of its heads and its MLP's width
+    expert_parallel: int = 1  # ranks that the experts are spread over; each has rows of its own
     micro_batch_tokens: int = 8192  # packed tokens of one forward and backward
     minibatches: int = 1  # optimizer steps per batch
     lr: float = 1e-6

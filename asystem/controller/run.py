@@ -80,7 +80,16 @@ def spawn_groups(config: Config, runtime: Runtime, run_dir: Path) -> tuple[Train
     if config.placement.kind is PlacementKind.hybrid:
         hybrid = spawn(HybridWorker, config, run_dir, name="hybrid", ranks=training.ranks, runtime=runtime, gpus=gpus)
         return hybrid, hybrid, rewarders
-    trainers = spawn(TrainWorker, config, run_dir, name="trainers", ranks=training.ranks, runtime=runtime, gpus=gpus)
+    trainers = spawn(
+        TrainWorker,
+        config,
+        run_dir,
+        name="trainers",
+        ranks=training.ranks,
+        runtime=runtime,
+        replica_ranks=training.tensor_parallel,
+        gpus=gpus,
+    )
     generators = spawn(
         GenerateWorker,
         config,

@@ -198,7 +198,8 @@ class CapturedRunner:
 def _mlp(block: Block, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """What the block's MLP or experts make of norm(x + y), and x + y."""
     if not isinstance(block.mlp, MLP):
-        return block.mlp(add_rms_norm(x, y, block.mlp_norm.weight, block.mlp_norm.eps), grouped_tiles), x
+        hidden = add_rms_norm(x, y, block.mlp_norm.weight, block.mlp_norm.eps)
+        return block.reduce(block.mlp(hidden, grouped_tiles)), x
     gated, x = _norm_project(x, y, block.mlp_norm, block.mlp.gate_up_proj, gate=True)
     return block.reduce(_project(block.mlp.down_proj, gated)), x
 

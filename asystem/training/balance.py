@@ -7,6 +7,8 @@ No loss pulls at the router for it. Prompts count too.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -20,12 +22,13 @@ class ExpertBalance:
 
     Args:
         model: on its device, not yet sharded.
+        group: of the ranks that have rows of their own; None = all.
     """
 
-    def __init__(self, model: nn.Module, rate: float) -> None:
+    def __init__(self, model: nn.Module, rate: float, group: Any = None) -> None:
         modules = model.named_modules() if rate > 0 else ()
         routers = {f"{name}.bias": module for name, module in modules if isinstance(module, Router)}
-        self.rate = rate
+        self.rate, self.group = rate, group
         self._routers = {name: router for name, router in routers.items() if router.bias is not None}
         self._loads: dict[str, Tensor] = {}
         for name, router in self._routers.items():
@@ -44,7 +47,7 @@ class ExpertBalance:
         """After the optimizer's step: moves the biases, unless that was skipped, and starts to count anew."""
         for name, load in self._loads.items():
             if world_size > 1:
-                dist.all_reduce(load)
+                dist.all_reduce(load, group=self.group)
             if good:
                 _, param = local_piece(optimizer.params[name])
                 box, master = local_piece(optimizer.masters[name])

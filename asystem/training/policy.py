@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from asystem.data.packing import PackedBatch
 from asystem.errors import ConfigError
-from asystem.models import Decoder, PackedAttention
+from asystem.models import Decoder, PackedAttention, by_rows, group_name
 from asystem.training.head import token_logprobs
 
 
@@ -51,12 +54,20 @@ class Policy(nn.Module):
         rows = packed.label_rows
         labels = packed.labels.index_select(0, rows)
         hidden = hidden.index_select(0, rows)
-        logprobs, entropy = token_logprobs(
-            self.decoder.head_weight(), hidden, labels, self.temperature,
-            entropy_gradient=self.entropy_gradient, keep_logits=self.keep_logits,
-        )  # fmt: skip
+        logprobs, entropy = self._scores(hidden, labels)
         empty = torch.zeros(len(packed.tokens), device=hidden.device)
         scores = [logprobs, entropy]
         if self.value_head is not None:
             scores.append(hidden.float() @ self.value_head.float())
         return tuple(empty.index_copy(0, rows, score) for score in scores)
+
+    def _scores(self, hidden: Tensor, labels: Tensor) -> Sequence[Tensor]:
+        """Log-probabilities and entropies [M] of hidden states [M, D]; ranks that have the same rows share them."""
+        compute = partial(
+            token_logprobs, self.decoder.head_weight(),
+            temperature=self.temperature, entropy_gradient=self.entropy_gradient, keep_logits=self.keep_logits,
+        )  # fmt: skip
+        shard = self.decoder.shard
+        if shard is None or shard.size == 1:
+            return compute(hidden, labels)
+        return by_rows(compute, hidden, labels, shard.rank, shard.size, group_name(shard.group))

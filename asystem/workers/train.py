@@ -62,10 +62,11 @@ class TrainWorker(Worker):
         self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
         wire_dtype = pick_dtype(config.generation.dtype, device)
-        self._outbox = Outbox(self.trainer.model, wire_dtype, config.weights.verify_every)
+        self._outbox = Outbox(self.trainer.model, wire_dtype, config.weights.verify_every, self.rank)
         self._warm_ups = 0
         self._columns: dict[int, tuple[list[float], list[int]]] = {}
-        self._writer = RolloutWriter(self.run_dir / "rollouts", self.rank) if config.tracking.rollouts else None
+        writes = config.tracking.rollouts and self.trainer.ranks.is_first
+        self._writer = RolloutWriter(self.run_dir / "rollouts", self.rank) if writes else None
 
     @remote(Dispatch.SPLIT, Collect.SUM)
     async def update(self, batch: Batch) -> Stats:
@@ -104,7 +105,8 @@ class TrainWorker(Worker):
             pairs = [self._demonstration(row) for row in rows]
             weight = 1.0 / sum(len(response) for _, response in pairs)
             samples = [Sample(prompt, response, weight) for prompt, response in pairs]
-            micro = pack(samples[self.rank :: self.world_size], self.config.training.micro_batch_tokens)
+            ranks = self.trainer.ranks
+            micro = pack(samples[ranks.data_rank :: ranks.data], self.config.training.micro_batch_tokens)
             stats = self.trainer.step(micro, supervised_loss)
             self._warm_ups += 1
         if self._warm_ups == warmup.steps:
@@ -120,7 +122,7 @@ class TrainWorker(Worker):
         if self.config.algorithm.kl_coefficient > 0:
             self.trainer.keep_reference()
 
-    @remote(Dispatch.BROADCAST, Collect.CONCAT)
+    @remote(Dispatch.BROADCAST, Collect.GATHER)
     async def export_weights(self) -> list[Ref[WeightPayload]]:
         """Each rank's part of the present weights behind a reference, in the dtype that generation wants.
 

@@ -276,6 +276,18 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
             "training.ranks=2 share the states already",
         ),
         (
+            ["recipe=quickstart", "training.ranks=4", "training.tensor_parallel=2", "training.expert_parallel=4"],
+            "training.ranks=4 is no multiple of training.tensor_parallel=2 x training.expert_parallel=4; use 8",
+        ),
+        (
+            ["recipe=quickstart", "training.ranks=2", "training.tensor_parallel=2", "training.lora.rank=2"],
+            "training.tensor_parallel=2 cuts matrices over ranks, and adapters (training.lora.rank=2)",
+        ),
+        (
+            ["recipe=quickstart", "training.ranks=2", "training.tensor_parallel=2", "training.optimizer=adamw8bit"],
+            "training.tensor_parallel=2 cuts rows through the blocks that training.optimizer=adamw8bit scales",
+        ),
+        (
             ["recipe=quickstart", "generation.ranks=3", "generation.tensor_parallel=2"],
             "the ranks of one replica; use 4",
         ),
