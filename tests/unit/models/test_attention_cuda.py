@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from asystem.models.attention import LONG, PackedAttention
+from asystem.models.attention import EQUAL, LONG, PackedAttention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("lengths", [[1500], [300, 40, LONG, 7, 20, LONG + 300], [LONG - 1, 5]])
+@pytest.mark.parametrize(
+    "lengths", [[1500], [300, 40, LONG, 7, 20, LONG + 300], [LONG - 1, 5], [30, 30, *[130] * EQUAL, 5], [LONG] * 2]
+)
 @pytest.mark.parametrize(("heads", "kv_heads", "head"), [(4, 2, 128), (6, 6, 64), (8, 1, 80)])
 def test_long_and_short_sequences_in_one_batch(lengths: list[int], heads: int, kv_heads: int, head: int) -> None:
     generator = torch.Generator().manual_seed(sum(lengths))
