@@ -11,9 +11,10 @@ Example with Ω = 4, G = 2, σ = 1: groups 0 and 1 are in flight. Window 0 ends,
 has age 1 and is carried. Window 1 ends, group 1 still lacks a sample: age 2 > σ, it is purged, and its prompt is asked
 again as group 3.
 
-Liveness: a prompt that was purged `PATIENCE` times is asked alone, and nothing else is asked until it is through. What
-else is in flight drains away, so it ends up with whole windows to itself; `Config.check` holds that a group fits into
-σ + 1 of them. Hence every prompt is trained in the end, however unlucky its lengths.
+Liveness: while a prompt that was purged n times is in flight, nothing else is asked beyond Ω / 2^n rollouts. Windows then
+last for more decode steps, and after log2(Ω / G) purges the prompt ends up with whole windows to itself; `Config.check`
+holds that a group fits into σ + 1 of them. Hence every prompt is trained in the end, however unlucky its lengths, and a
+pool whose σ is short for its lengths settles at the Ω that it can finish.
 
 Replicas share Ω by their speed. Each asks before every slice of decoding, so of two that both have work, the one that
 asks twice as often is twice as fast. Only the order of calls counts, no clock: a replay asks the same.
@@ -27,8 +28,6 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from asystem.types import FinishedRollout, RolloutRequest
-
-PATIENCE = 2
 
 
 @dataclass(slots=True)
@@ -113,13 +112,19 @@ class Pool:
         self._slices[replica] += all(self.num_in_flight)
         requests: list[RolloutRequest] = []
         while (
-            (sum(self.num_in_flight) if self.refill else self._asked) + self.group_size <= self.capacity
+            (sum(self.num_in_flight) if self.refill else self._asked) + self.group_size <= self.limit
             and self.num_in_flight[replica] + self.group_size <= self.share(replica)
             and (prompt := self._next_prompt()) is not None
         ):
             group = self._new_group(*prompt, replica)
             requests += [RolloutRequest(rollout, group.id, group.prompt) for rollout in group.rollouts]
         return requests
+
+    @property
+    def limit(self) -> int:
+        """Rollouts that may be in flight now: Ω, halved as often as the unluckiest prompt in flight was purged."""
+        purges = max((group.purges for group in self.in_flight.values()), default=0)
+        return max(self.group_size, self.capacity >> purges)
 
     def share(self, replica: int) -> int:
         """Rollouts that a replica may have in flight: its part of Ω by speed, in whole groups, at least one."""
@@ -158,16 +163,11 @@ class Pool:
         return window
 
     def _next_prompt(self) -> tuple[int, int] | None:
-        """The prompt to ask next and how often it was purged; None while a starving prompt is to be left alone."""
-        if any(group.purges >= PATIENCE for group in self.in_flight.values()):
-            return None
-        for index, (_, purges) in enumerate(self._again):
-            if purges >= PATIENCE:
-                prompt = self._again[index]
-                del self._again[index]
-                return prompt
+        """The prompt to ask next and how often it was purged: the unluckiest first, then new ones."""
         if self._again:
-            return self._again.popleft()
+            prompt = max(self._again, key=lambda waiting: waiting[1])  # of several the first
+            self._again.remove(prompt)
+            return prompt
         prompt_row = next(self._prompts, None)
         return None if prompt_row is None else (prompt_row, 0)
 
