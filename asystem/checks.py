@@ -204,6 +204,11 @@ def _rollout(config: Config) -> Iterator[Rule]:
     yield not 0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p:g} must lie in (0, 1]"
     yield _at_least("rollout.top_k", rollout.top_k, 0)
     yield (
+        rollout.lengths.median is not None and not rollout.lengths.median > 0,
+        f"rollout.lengths.median={rollout.lengths.median} must be above 0, or null to let end tokens end responses",
+    )
+    yield _at_least("rollout.lengths.sigma", rollout.lengths.sigma, 0)
+    yield (
         rollout.top_p < 1 or rollout.top_k > 0,
         f"rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k}: training scores tokens under the whole distribution, "
         "so truncated sampling would bias every ratio; use top_p=1 and top_k=0",

@@ -186,6 +186,14 @@ class AlgorithmConfig:
 
 
 @dataclass
+class LengthsConfig:
+    """For studies of speed: response lengths drawn from a log-normal distribution, whatever the model says."""
+
+    median: float | None = None  # tokens, cut at max_new_tokens; end tokens are then ignored; null = they end responses
+    sigma: float = 1.0  # of the logarithm
+
+
+@dataclass
 class RolloutConfig:
     capacity: int = 64  # Ω: rollouts in flight over the whole generation group
     token_budget: int | None = None  # Φ: new tokens a window generates before it hands over; null = wait for all
@@ -197,6 +205,7 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     slice_steps: int = 16  # decode steps between two reports to the controller
+    lengths: LengthsConfig = field(default_factory=LengthsConfig)
 
 
 @dataclass
@@ -299,6 +308,7 @@ class EvaluationConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 0  # optimizer steps; 0 = only at the end
+    at_end: bool = True  # of the last step too; false, and every: 0 = none at all, for studies of speed
     keep_last: int = 2
     keep_best: int = 0  # beside the last ones, those that scored best; only steps that were evaluated have a score
 

@@ -11,10 +11,10 @@ Example with Ω = 4, G = 2, σ = 1: groups 0 and 1 are in flight. Window 0 ends,
 has age 1 and is carried. Window 1 ends, group 1 still lacks a sample: age 2 > σ, it is purged, and its prompt is asked
 again as group 3.
 
-Liveness: while a prompt that was purged n times is in flight, nothing else is asked beyond Ω / 2^n rollouts. Windows then
-last for more decode steps, and after log2(Ω / G) purges the prompt ends up with whole windows to itself; `Config.check`
-holds that a group fits into σ + 1 of them. Hence every prompt is trained in the end, however unlucky its lengths, and a
-pool whose σ is short for its lengths settles at the Ω that it can finish.
+Liveness: while a prompt that was purged n times is in flight, nothing else is asked beyond Ω / 2^n rollouts. Windows
+then last for more decode steps, and after log2(Ω / G) purges the prompt ends up with whole windows to itself;
+`Config.check` holds that a group fits into σ + 1 of them. Hence every prompt is trained in the end, however unlucky its
+lengths, and a pool whose σ is short for its lengths settles at the Ω that it can finish.
 
 Replicas share Ω by their speed. Each asks before every slice of decoding, so of two that both have work, the one that
 asks twice as often is twice as fast. Only the order of calls counts, no clock: a replay asks the same.
