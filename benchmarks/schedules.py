@@ -46,6 +46,7 @@ from schedules_runs import (
 ROLLOUT_MARK, STEP_MARK = 2.5, 1.5  # times the synchronous schedule's, on W2
 LEARNING_BUDGET, LEARNING_STEPS = 1_700, 84  # Φ: what 256 responses have in the mean; steps that train EQUAL tokens
 EQUAL = 128_000  # tokens trained at which accuracies are compared
+FOLDER = record.FOLDER
 SPLIT = "placement=split runtime=ray"
 
 
@@ -59,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skip", type=int, default=5, help="steps of a speed run before those (synchronous: 1)")
     parser.add_argument("--only", nargs="+", help="names of schedules, as --part floor prints them")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "schedules", help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=record.FOLDER, help="folder of the results")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder of the results")
     return parser.parse_args()
 
 
@@ -83,7 +84,7 @@ def speed(args: argparse.Namespace) -> None:
         overrides = [f"recipe={recipe}", *where.split(), *workload.keys(), *schedule.overrides(workload.budget),
                      f"steps={skipped(schedule, args) + args.steps}", "checkpoint.at_end=false"]  # fmt: skip
         start_all([Run(args.out / f"speed-{args.device}" / slug(name), overrides)], jobs=1)
-        write_results(args)
+        write_results(args, "W2", speed_rows(args))
 
 
 def skipped(schedule: Schedule, args: argparse.Namespace) -> int:
@@ -140,7 +141,7 @@ def learning(args: argparse.Namespace) -> None:
         part = schedules[first : first + max(1, args.jobs // len(args.seeds))]
         runs = [learning_run(out, schedule, seed) for schedule in part for seed in args.seeds]
         start_all(runs, args.jobs)
-        write_results(args)
+        write_results(args, "learning", learning_rows(args))
 
 
 def learning_run(out: Path, schedule: Schedule, seed: int) -> Run:
@@ -191,24 +192,25 @@ def learning_rows(args: argparse.Namespace) -> list[Row]:
             value = max(values) if key.endswith("max") else statistics.fmean(values)
             rows.append(row(f"{name}: {key}", value, unit, better="lower"))
         if base is not None and schedule != SYNCHRONOUS:
-            marked = schedule.decoupled and schedule.eta <= 2
-            mark = -standard_error(base) if marked else None
+            error = standard_error(base)
+            marked = schedule.decoupled and schedule.eta <= 2 and error is not None
+            mark = -error if marked and error is not None else None
             what = "accuracy less the synchronous one's" + ("; the mark is its standard error" if marked else "")
             value = statistics.fmean(found) - statistics.fmean(base)
             rows.append(row(f"{name}: difference", value, "1", mark=mark, note=what))
     return rows
 
 
-def standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+def standard_error(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def write_results(args: argparse.Namespace) -> None:
-    """`c3po-<device>.json` and its curves; rows of parts that have no runs in --out stay as they were."""
-    record.FOLDER, found = args.results, {"W2": speed_rows(args), "learning": learning_rows(args)}
+def write_results(args: argparse.Namespace, part: str, found: list[Row]) -> None:
+    """`c3po-<device>.json` with these rows in place of the part's old ones, and its curves."""
+    record.FOLDER = args.results
     device, name = cpu_name(), "cpu"
     if args.device == "cuda":
         import torch
@@ -217,11 +219,13 @@ def write_results(args: argparse.Namespace) -> None:
         name = record.slug(device)
     path = args.results / f"c3po-{name}.json"
     before = json.loads(path.read_text())["rows"] if path.is_file() else []
-    rows = [r for part, new in found.items() for r in new or [r for r in before if r["name"].startswith(part)]]
+    others = [r for r in before if not r["name"].startswith(part)]
+    rows = [*others, *found] if part == "learning" else [*found, *others]
     shown = {(r["name"], r["value"]) for r in before}
-    show([r for r in rows if (r["name"], r["value"]) not in shown])
+    show([r for r in found if (r["name"], r["value"]) not in shown])
     record.write("c3po", device, rows, name=name)
-    if drawn := curves(args):
+    if part == "learning":
+        drawn = curves(args)
         (args.results / f"c3po-curves-{name}.json").write_text(json.dumps(drawn, ensure_ascii=False) + "\n")
 
 
@@ -234,7 +238,7 @@ def main() -> None:
         learning(args)
     elif args.part == "floor":
         schedules_floor.write(LOCKSTEP)
-    if args.part != "speed" or args.device == "cpu":
+    if args.results == FOLDER:
         schedules_page.write(args.results)
 
 
