@@ -53,7 +53,9 @@ def plot(
         axis.set_yscale("log" if title in logarithmic else "linear")
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    axes.flat[0].legend(fontsize=7)
+    own_legends = len(set(map(tuple, panels.values()))) > 1  # panels of different lines
+    for axis in axes.flat[: len(panels) if own_legends else 1]:
+        axis.legend(fontsize=7)
     figure.tight_layout()
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -10,7 +10,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import schedules_page
+from curves import table, write_table
+from schedules_page import PAGE
 from schedules_runs import GPU, Schedule, Workload
 
 from asystem.rollout import Pool, PromptOrder, TokenBudget, Window, drawn_length
@@ -123,14 +124,14 @@ def simulate(
 
 def write(schedules: Sequence[Schedule]) -> None:
     """The table of docs/schedules.md."""
-    wider = [Schedule("C3PO++ σ=10", True, 10, 0)]
-    found = {s.name: simulate(s, GPU, H200) for s in (*schedules, *wider)}
-    base = found[schedules[0].name]
-    lines = ["| | decode steps | rollout window, s | of its tokens wasted | rollout phase | whole step |",
-             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    found = {s.name: simulate(s, GPU, H200) for s in (*schedules, Schedule("C3PO++ σ=10", True, 10, 0))}
+    base, lines = found[schedules[0].name], []
     for name, f in found.items():
         cells = [f"{f['decode_steps']:,.0f}", f"{f['window_seconds']:.2f}", f"{f['wasted']:.0%}"]
         cells += [f"{f[key] / base[key]:.2f}×" for key in ("useful", "trained")]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    schedules_page.replace("floor", lines)
-    print("\n".join(lines))
+        lines.append([name, *cells, f"{f['tokens_std']:.0%}"])
+    heads = ["", "decode steps", "rollout window, s", "of its tokens wasted", "rollout phase", "whole step",
+             "tokens a step vary by"]  # fmt: skip
+    text = table(heads, lines)
+    write_table(PAGE, "floor", text)
+    print(text)
