@@ -42,8 +42,8 @@ class Schedule:
 
 SYNCHRONOUS = Schedule("synchronous", False, 0, 0)
 LOCKSTEP = [SYNCHRONOUS, *(Schedule(f"C3PO++ σ={sigma}", True, sigma, 0) for sigma in (1, 2, 4))]
-AHEAD = [Schedule(f"η={eta}", True, 2, eta) for eta in (1, 2, 4, 8)]
-COUPLED = [Schedule(f"η={eta}, coupled", True, 2, eta, decoupled=False) for eta in (1, 2, 4, 8)]
+AHEAD = [Schedule(f"η={eta}", True, 4, eta) for eta in (1, 2, 4, 8)]
+COUPLED = [Schedule(f"η={eta}, coupled", True, 4, eta, decoupled=False) for eta in (1, 2, 4, 8)]
 
 
 @dataclass(frozen=True)
