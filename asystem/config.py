@@ -152,6 +152,8 @@ class DataConfig:
     name: str = "task"  # names the metric eval/<name>/accuracy
     max_prompt_tokens: int = 1024
     shuffle: bool = True
+    curriculum: str = "none"  # none | unsolved | pass_rate | file.py:function: which prompts are asked again
+    curriculum_visits: int = 2  # groups of a prompt, the last ones, that this looks at; it is asked until then
 
 
 @dataclass
@@ -167,6 +169,9 @@ class AlgorithmConfig:
     value_clip: float | None = 0.2  # gae: by which a value may move from the old one a batch; null = no clip
     overlong_buffer: int = 0  # tokens before max_new_tokens in which the reward falls by up to 1 (DAPO); 0 = none
     drop_equal_groups: bool = False  # leave groups of equal rewards out of batch and denominators (DAPO)
+    # groups with signal that a batch waits for, window after window (DAPO's dynamic sampling); 0 = one window's
+    dynamic_sampling: int = 0
+    dynamic_windows: int = 4  # windows that a batch may take for them, of up to rollout.capacity new rollouts each
     surrogate: str = "ppo"  # ppo | gspo | cispo | reinforce
     anchor: Anchor = Anchor.proximal  # what the surrogate's ratio is taken against
     clip_low: float = 0.2  # ε of the clipped surrogate below 1

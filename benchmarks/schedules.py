@@ -44,8 +44,8 @@ from schedules_runs import (
 )
 
 ROLLOUT_MARK, STEP_MARK = 2.5, 1.5  # times the synchronous schedule's, on W2
-LEARNING_BUDGET, LEARNING_STEPS = 1_900, 84  # Φ: what 256 responses have in the mean; steps that train EQUAL tokens
-EQUAL = 145_000  # tokens trained at which accuracies are compared
+LEARNING_BUDGET, LEARNING_STEPS = 1_900, 100  # Φ: what 256 responses have in the mean; steps that train EQUAL tokens
+EQUAL = 175_000  # tokens trained at which accuracies are compared
 FOLDER = record.FOLDER
 SPLIT, HYBRID = "placement=split runtime=ray", "placement=hybrid runtime=inline"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 import torch
@@ -11,7 +11,7 @@ from asystem.algorithms import advantages, choose, overlong_penalty
 from asystem.config import Config
 from asystem.data.batch import Batch, BatchRow
 from asystem.errors import RewardError
-from asystem.rollout import Window
+from asystem.rollout import Group, Window
 from asystem.types import FinishedRollout, Score
 
 
@@ -86,6 +86,21 @@ def _with_signal(rows: Sequence[BatchRow]) -> list[BatchRow]:
     return kept or list(rows)
 
 
+def mean_rewards(batch: Batch) -> list[tuple[int, float]]:
+    """(prompt, mean reward) of each group of the window, those left out of the batch included; failed rewards aside."""
+    groups: dict[int, list[BatchRow]] = {}
+    for row in (*batch.rows, *batch.dropped):
+        if row.error is None:
+            groups.setdefault(row.group, []).append(row)
+    return [(rows[0].prompt, fmean(row.reward for row in rows)) for rows in groups.values()]
+
+
+def groups_with_signal(groups: Iterable[Group], scores: Mapping[int, Score]) -> int:
+    """How many groups have rewards that are not all equal; failed ones aside."""
+    graded = ([scores[rollout] for rollout in group.rollouts] for group in groups)
+    return sum(len({score.reward for score in group if score.error is None}) > 1 for group in graded)
+
+
 def accuracy(scores: Iterable[Score]) -> float:
     """Mean reward of held-out rollouts; one whose reward failed counts as wrong."""
     return fmean(0.0 if score.error is not None else score.reward for score in scores)
@@ -102,6 +117,7 @@ def rollout_metrics(window: Window, batch: Batch) -> dict[str, float]:
         "reward/errors": len(rows) - len(rewards),
         "reward/groups_with_signal": mixed / len(window.groups),
         "rollout/groups": len(window.groups),
+        "rollout/windows": window.count,
         "rollout/tokens": batch.num_tokens,
         "rollout/length_mean": fmean(rollout.length for rollout in rollouts),
         "rollout/length_max": max(rollout.length for rollout in rollouts),

@@ -65,6 +65,12 @@ class Window:
     groups: list[Group]
     purged: list[Group]
     carried: int  # unfinished rollouts that go on in the next window
+    count: int = 1  # windows that this one stands for
+
+    def join(self, later: Window) -> Window:
+        """Both as one, where a batch needs more than the first brought."""
+        groups, purged = self.groups + later.groups, self.purged + later.purged
+        return Window(later.index, groups, purged, later.carried, self.count + later.count)
 
     def to_drop(self) -> dict[int, list[int]]:
         """Unfinished rollouts that each replica is to forget."""
@@ -100,7 +106,7 @@ class Pool:
         self.num_in_flight = [0] * replicas
         self._slices = [0] * replicas  # begun while all replicas had work, since speeds were last worked out
         self._speed = [1 / replicas] * replicas  # of all slices, recent windows counting more
-        self._prompts: Iterator[int] = iter(prompts)
+        self.prompts: Iterator[int] = iter(prompts)
         self._again: deque[tuple[int, int]] = deque()  # (prompt, purges)
         self._complete: list[Group] = []
         self.refill = refill
@@ -168,7 +174,7 @@ class Pool:
             prompt = max(self._again, key=lambda waiting: waiting[1])  # of several the first
             self._again.remove(prompt)
             return prompt
-        prompt_row = next(self._prompts, None)
+        prompt_row = next(self.prompts, None)
         return None if prompt_row is None else (prompt_row, 0)
 
     def _new_group(self, prompt: int, purges: int, replica: int) -> Group:
