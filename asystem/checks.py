@@ -162,6 +162,11 @@ def _combinations(config: Config) -> Iterator[Rule]:
         "with advantage=gae use drop_equal_groups=false",
     )
     yield (
+        algorithm.kl_coefficient == 0 and algorithm.kl_estimator.value != "k3",
+        f"algorithm.kl_estimator={algorithm.kl_estimator.value} measures a distance that algorithm.kl_coefficient=0 "
+        "leaves out, and no reference is held for it: set kl_coefficient above 0, or leave the estimator out",
+    )
+    yield (
         algorithm.dynamic_sampling > 0 and not algorithm.drop_equal_groups,
         f"algorithm.dynamic_sampling={algorithm.dynamic_sampling} asks for groups in place of those without signal, "
         "which algorithm.drop_equal_groups=false trains all the same: set it to true",

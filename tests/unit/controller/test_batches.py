@@ -7,7 +7,7 @@ import math
 import pytest
 
 from asystem.config import Config
-from asystem.controller.batches import accuracy, build_batch, rollout_metrics
+from asystem.controller.batches import accuracy, build_batch, groups_with_signal, mean_rewards, rollout_metrics
 from asystem.errors import RewardError
 from asystem.rollout import Group, Window
 from asystem.types import Finish, FinishedRollout, Ref, Score
@@ -82,6 +82,19 @@ def test_groups_of_equal_rewards_may_be_left_out() -> None:
     assert (metrics["reward/mean"], metrics["reward/groups_with_signal"], metrics["rollout/groups"]) == (0.75, 0.5, 2)
     known[0] = Score(0, 0.0)  # no group tells anything: a step without gradient, rather than none
     assert len(build_batch(config, window, known, version=4).rows) == 4
+
+
+def test_groups_with_signal_and_what_prompts_scored() -> None:
+    config = Config()
+    config.algorithm.drop_equal_groups, config.reward.max_error_share = True, 1.0
+    window = Window(0, [group(0, [4, 6]), group(1, [5, 5]), group(2, [3, 3])], [], carried=0)
+    known = {0: Score(0, 1.0), 1: Score(1, 0.0), 10: Score(10, 1.0), 11: Score(11, 1.0)}
+    known |= {20: Score(20, 1.0), 21: Score(21, 0.0, "broken")}
+    assert groups_with_signal(window.groups, known) == 1
+    assert groups_with_signal(window.groups[1:], known) == 0
+    batch = build_batch(config, window, known, version=4)
+    assert {row.group for row in batch.rows} == {0}
+    assert sorted(mean_rewards(batch)) == [(0, 0.5), (1, 1.0), (2, 1.0)]
 
 
 def test_long_responses_are_punished_before_they_are_compared() -> None:

@@ -239,3 +239,13 @@ def test_a_process_that_shards_and_compiles_nothing_does_not_wait_for_those_impo
     program = f"import sys, asystem.controller.run, asystem.workers; print(sorted({slow} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert ended.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("coefficient", "is_kept"), [(0.0, False), (0.1, True)])
+def test_a_reference_is_loaded_only_where_the_loss_measures_to_it(
+    config: Config, tmp_path: Path, coefficient: float, is_kept: bool
+) -> None:
+    config.algorithm.kl_coefficient, config.training.warmup.steps = coefficient, 0
+    worker = TrainWorker(config, tmp_path)
+    ready(worker)
+    assert (worker.trainer.reference is not None) == is_kept
