@@ -31,6 +31,7 @@ from schedules_runs import (
     CPU,
     GPU,
     LOCKSTEP,
+    PATIENT,
     ROOT,
     SYNCHRONOUS,
     Run,
@@ -70,8 +71,8 @@ def parse() -> argparse.Namespace:
 def speed_schedules(device: str) -> list[tuple[str, Schedule, str]]:
     """(name, schedule, where it runs). On one GPU lockstep shares the weights, and what runs ahead has half of it."""
     if device == "cpu":
-        return [(s.name, s, SPLIT) for s in (*LOCKSTEP, *AHEAD)]
-    synchronous, *others = [(s.name, s, HYBRID) for s in LOCKSTEP]
+        return [(s.name, s, SPLIT) for s in (*LOCKSTEP, PATIENT, *AHEAD)]
+    synchronous, *others = [(s.name, s, HYBRID) for s in (*LOCKSTEP, PATIENT)]
     ahead = [(s.name, s, SPLIT) for s in AHEAD]
     # What the marks are about comes first: a call on a lent machine may end early, and the next one goes on.
     return [synchronous, others[-1], *ahead[:2], *others[:-1], *ahead[2:], ("synchronous, split", SYNCHRONOUS, SPLIT)]
@@ -240,7 +241,7 @@ def main() -> None:
     elif args.part == "learning":
         learning(args)
     elif args.part == "floor":
-        schedules_floor.write(LOCKSTEP)
+        schedules_floor.write([*LOCKSTEP, PATIENT])
     if args.results == FOLDER:
         schedules_page.write(args.results)
 

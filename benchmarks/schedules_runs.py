@@ -42,6 +42,7 @@ class Schedule:
 
 SYNCHRONOUS = Schedule("synchronous", False, 0, 0)
 LOCKSTEP = [SYNCHRONOUS, *(Schedule(f"C3PO++ σ={sigma}", True, sigma, 0) for sigma in (1, 2, 4))]
+PATIENT = Schedule("C3PO++ σ=10", True, 10, 0)  # W2's longest responses live for nine windows
 AHEAD = [Schedule(f"η={eta}", True, 4, eta) for eta in (1, 2, 4, 8)]
 COUPLED = [Schedule(f"η={eta}, coupled", True, 4, eta, decoupled=False) for eta in (1, 2, 4, 8)]
 
