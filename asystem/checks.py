@@ -132,6 +132,11 @@ def _algorithm(config: Config) -> Iterator[Rule]:
         algorithm.value_clip is not None and not algorithm.value_clip > 0,
         f"algorithm.value_clip={algorithm.value_clip} must be above 0, or null",
     )
+    yield (
+        algorithm.group_filter is not None and ".py:" not in algorithm.group_filter,
+        f'algorithm.group_filter="{algorithm.group_filter}" is no function of the recipe: name it file.py:function, or '
+        "null",
+    )
     yield _at_least("algorithm.dynamic_sampling", algorithm.dynamic_sampling, 0)
     yield _at_least("algorithm.dynamic_windows", algorithm.dynamic_windows, 1)
     yield _at_least("algorithm.kl_coefficient", algorithm.kl_coefficient, 0)
@@ -167,7 +172,7 @@ def _combinations(config: Config) -> Iterator[Rule]:
         "leaves out, and no reference is held for it: set kl_coefficient above 0, or leave the estimator out",
     )
     yield (
-        algorithm.dynamic_sampling > 0 and not algorithm.drop_equal_groups,
+        algorithm.dynamic_sampling > 0 and not algorithm.drop_equal_groups and algorithm.group_filter is None,
         f"algorithm.dynamic_sampling={algorithm.dynamic_sampling} asks for groups in place of those without signal, "
         "which algorithm.drop_equal_groups=false trains all the same: set it to true",
     )

@@ -169,6 +169,7 @@ class AlgorithmConfig:
     value_clip: float | None = 0.2  # gae: by which a value may move from the old one a batch; null = no clip
     overlong_buffer: int = 0  # tokens before max_new_tokens in which the reward falls by up to 1 (DAPO); 0 = none
     drop_equal_groups: bool = False  # leave groups of equal rewards out of batch and denominators (DAPO)
+    group_filter: str | None = None  # file.py:function(rewards, lengths) -> whether a group trains; null = each does
     # groups with signal that a batch waits for, window after window (DAPO's dynamic sampling); 0 = one window's
     dynamic_sampling: int = 0
     dynamic_windows: int = 4  # windows that a batch may take for them, of up to rollout.capacity new rollouts each

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import asyncio
 
-from asystem.controller.batches import groups_with_signal, rollout_metrics
+from asystem.controller.batches import kept_groups, rollout_metrics
 from asystem.controller.session import Scoring, Session
 from asystem.rollout import TokenBudget, Window
 
@@ -74,7 +74,7 @@ class Controller(Session):
         if algorithm.dynamic_sampling == 0 or window.count >= algorithm.dynamic_windows:
             return bool(window.groups)
         await self._gather(scoring)
-        return groups_with_signal(window.groups, self._scores) >= algorithm.dynamic_sampling
+        return kept_groups(self.config, window.groups, self._scores) >= algorithm.dynamic_sampling
 
     async def _window(self, scoring: Scoring) -> Window:
         """C3PO++: decode until Φ new tokens exist, wherever each rollout stands then."""

@@ -33,6 +33,8 @@ def train(config: Config, make_controller: Callable[..., Controller] = Controlle
     """
     task = load_task(config.data, config.recipe_dir)
     choose(config.algorithm, config.recipe_dir)
+    if config.algorithm.group_filter is not None:
+        load_function(config.algorithm.group_filter, config.recipe_dir, key="algorithm.group_filter")
     pool = make_pool(config, len(task.train))
     check_model(config)
     run_dir = new_run_dir(config)

@@ -180,6 +180,7 @@ def changed(config: Config, override: str) -> Config:
         ("algorithm.gae_lambda=1.1", "algorithm.gae_lambda=1.1 must lie between 0 and 1"),
         ("algorithm.value_clip=0", "algorithm.value_clip=0 must be above 0, or null"),
         ("algorithm.dynamic_sampling=8", "which algorithm.drop_equal_groups=false trains all the same: set it to true"),
+        ("algorithm.group_filter=mixed", 'algorithm.group_filter="mixed" is no function of the recipe'),
         ("algorithm.dynamic_windows=0", "algorithm.dynamic_windows=0 is below 1"),
         ("data.curriculum=pass_rat", 'data.curriculum="pass_rat" is unknown (did you mean "pass_rate"?)'),
         ("rollout.lengths.median=0", "rollout.lengths.median=0 must be above 0, or null"),
