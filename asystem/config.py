@@ -152,6 +152,8 @@ class DataConfig:
     name: str = "task"  # names the metric eval/<name>/accuracy
     max_prompt_tokens: int = 1024
     shuffle: bool = True
+    curriculum: str = "none"  # none | unsolved | pass_rate | file.py:function: which prompts are asked again
+    curriculum_visits: int = 2  # groups of a prompt, the last ones, that this looks at; it is asked until then
 
 
 @dataclass
@@ -167,6 +169,10 @@ class AlgorithmConfig:
     value_clip: float | None = 0.2  # gae: by which a value may move from the old one a batch; null = no clip
     overlong_buffer: int = 0  # tokens before max_new_tokens in which the reward falls by up to 1 (DAPO); 0 = none
     drop_equal_groups: bool = False  # leave groups of equal rewards out of batch and denominators (DAPO)
+    group_filter: str | None = None  # file.py:function(rewards, lengths) -> whether a group trains; null = each does
+    # groups with signal that a batch waits for, window after window (DAPO's dynamic sampling); 0 = one window's
+    dynamic_sampling: int = 0
+    dynamic_windows: int = 4  # windows that a batch may take for them, of up to rollout.capacity new rollouts each
     surrogate: str = "ppo"  # ppo | gspo | cispo | reinforce
     anchor: Anchor = Anchor.proximal  # what the surrogate's ratio is taken against
     clip_low: float = 0.2  # ε of the clipped surrogate below 1
@@ -186,6 +192,14 @@ class AlgorithmConfig:
 
 
 @dataclass
+class LengthsConfig:
+    """For studies of speed: response lengths drawn from a log-normal distribution, whatever the model says."""
+
+    median: float | None = None  # tokens, cut at max_new_tokens; end tokens are then ignored; null = they end responses
+    sigma: float = 1.0  # of the logarithm
+
+
+@dataclass
 class RolloutConfig:
     capacity: int = 64  # Ω: rollouts in flight over the whole generation group
     token_budget: int | None = None  # Φ: new tokens a window generates before it hands over; null = wait for all
@@ -197,6 +211,7 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     slice_steps: int = 16  # decode steps between two reports to the controller
+    lengths: LengthsConfig = field(default_factory=LengthsConfig)
 
 
 @dataclass
@@ -302,6 +317,7 @@ class EvaluationConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 0  # optimizer steps; 0 = only at the end
+    at_end: bool = True  # of the last step too; false, and every: 0 = none at all, for studies of speed
     keep_last: int = 2
     keep_best: int = 0  # beside the last ones, those that scored best; only steps that were evaluated have a score
 

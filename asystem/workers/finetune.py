@@ -76,7 +76,8 @@ class FinetuneWorker(Worker):
 
         Adapters are also written as a PEFT folder, the run's `adapter/`.
         """
-        self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
+        if step < self.config.steps or self.config.checkpoint.at_end:
+            self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
         if step == self.config.steps:
             self.saver.wait()
         if self.config.training.lora.rank > 0:

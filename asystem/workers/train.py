@@ -161,7 +161,8 @@ class TrainWorker(Worker):
         """
         if self._writer is not None:
             self._writer.flush()
-        self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
+        if step < self.config.steps or self.config.checkpoint.at_end:
+            self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
         if step == self.config.steps:
             self.saver.wait()
         if self.config.training.lora.rank > 0:
