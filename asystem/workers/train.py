@@ -23,7 +23,7 @@ from asystem.spmd import Collect, Dispatch, Worker, remote, store
 from asystem.state import Outbox, WeightPayload
 from asystem.stats import Stats, merge
 from asystem.tracking.rollouts import RolloutWriter
-from asystem.training import Saver, TrainEngine, describe_model, supervised_loss, with_token_advantages
+from asystem.training import Meter, Saver, TrainEngine, describe_model, supervised_loss, with_token_advantages
 from asystem.types import Ref, Trajectory
 from asystem.workers.build import build_tokenizer, build_trained, pick_device, pick_dtype
 
@@ -56,6 +56,7 @@ class TrainWorker(Worker):
             value_head=config.algorithm.advantage == "gae",
             seed=config.seed,
         )
+        self.meter = Meter(model.spec, device, frozen=config.training.lora.rank > 0)
         self.algorithm = choose(config.algorithm, config.recipe_dir)
         if config.training.warmup.steps == 0:
             self._start_rl()
@@ -187,7 +188,7 @@ class TrainWorker(Worker):
             )
             return self._with_value_loss(total, stats, packed, *values)
 
-        return self.trainer.step(micro_batches, loss)
+        return self.meter.measure(micro_batches, lambda: self.trainer.step(micro_batches, loss))
 
     def _micro_batches(
         self, batch: Batch, rows: Sequence[BatchRow], trajectories: dict[int, Trajectory]
