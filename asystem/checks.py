@@ -297,6 +297,10 @@ def _training(config: Config) -> Iterator[Rule]:
         training.dtype not in ("auto", "float32", "bfloat16"),
         f'training.dtype="{training.dtype}": choose auto, float32 or bfloat16',
     )
+    yield (
+        training.head_dtype not in ("auto", "float32"),
+        f'training.head_dtype="{training.head_dtype}": choose auto or float32',
+    )
 
 
 def _memory(config: Config) -> Iterator[Rule]:

@@ -251,6 +251,7 @@ class TrainingConfig:
     schedule: Schedule = Schedule.constant
     lr_warmup_steps: int = 0
     dtype: str = "auto"  # of the forward pass; reductions over ranks are float32
+    head_dtype: str = "auto"  # of logits: auto = as dtype | float32, as generation.head_dtype
     max_bad_steps: int = 5  # steps in a row with a NaN or infinite gradient before the run stops
     optimizer: Optimizer = Optimizer.adamw
     master: Master = Master.float32  # how weights are kept between steps

@@ -76,16 +76,19 @@ class TrainEngine:
         self.model = model.to(self.device)
         self.balance = ExpertBalance(model, cfg)
         prepare_blocks(model, cfg, self.device)
-        self.policy = Policy(model, temperature, entropy_gradient=entropy_gradient, value_head=value_head)
+        exact = cfg.head_dtype == "float32"
+        self.policy = Policy(
+            model, temperature, entropy_gradient=entropy_gradient, value_head=value_head, exact_head=exact
+        )
         self.reference: Policy | None = None
-        exact = {name: p.detach() for name, p in _trained(self.policy).items()}  # before rounding to ``dtype``
+        unrounded = {name: p.detach() for name, p in _trained(self.policy).items()}  # before rounding to ``dtype``
         for p in self.policy.parameters():  # FSDP's shards of what trains are the masters
             is_master = p.requires_grad and world_size > 1 and cfg.master is Master.float32
             if p.is_floating_point():
                 p.data = p.data.to(torch.float32 if is_master else dtype)
         if world_size > 1:
             _shard(self.policy, self.device, dtype, world_size)
-        self.optimizer = MasterOptimizer(_trained(self.policy), exact, cfg)
+        self.optimizer = MasterOptimizer(_trained(self.policy), unrounded, cfg)
         self._fitting = 0  # tokens of a micro-batch that is known to fit in memory
         self.start_phase(cfg.lr, cfg.schedule, cfg.lr_warmup_steps, total_steps)
 
@@ -112,7 +115,7 @@ class TrainEngine:
             decoder.to_empty(device=self.device)
             for name, kept in decoder.named_parameters():
                 kept.data = kept.data.to(present[name].dtype)
-        self.reference = Policy(decoder, self.policy.temperature)
+        self.reference = Policy(decoder, self.policy.temperature, exact_head=self.policy.exact_head)
         if self.world_size > 1:
             _shard(self.reference, self.device, self.dtype, self.world_size)
             for kept, p in zip(self.reference.decoder.parameters(), self.policy.decoder.parameters(), strict=True):

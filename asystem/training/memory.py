@@ -260,9 +260,10 @@ class TrainingPlan:
         )
 
     def _head(self, tokens: int) -> int:
-        """Logits of a chunk, and where it trains the gradient of its weights."""
+        """Logits of a chunk, in float32 also rounded, and where it trains the gradient of its weights."""
         rows = min(tokens, chunk_rows(self.spec.vocab_size))
-        logits = rows * self.spec.vocab_size * self.dtype.itemsize
+        is_exact = self.cfg.head_dtype == "float32" and self.dtype is not torch.float32
+        logits = rows * self.spec.vocab_size * (self.dtype.itemsize + 4 * is_exact)
         head = self.model.head_weight()
         return logits + (head.numel() * self.dtype.itemsize if head.requires_grad else 0)
 

@@ -16,6 +16,7 @@ class Policy(nn.Module):
 
     Args:
         value_head: a second head tells the value of each state, at first 0.
+        exact_head: logits are not rounded to the model's dtype.
     """
 
     def __init__(
@@ -25,6 +26,7 @@ class Policy(nn.Module):
         *,
         entropy_gradient: bool = False,
         value_head: bool = False,
+        exact_head: bool = False,
     ) -> None:
         if temperature <= 0:
             raise ConfigError(
@@ -33,7 +35,7 @@ class Policy(nn.Module):
             )
         super().__init__()
         self.decoder = decoder
-        self.temperature, self.entropy_gradient = temperature, entropy_gradient
+        self.temperature, self.entropy_gradient, self.exact_head = temperature, entropy_gradient, exact_head
         weight = torch.zeros(decoder.spec.hidden_size, device=decoder.embed.weight.device)
         self.value_head = nn.Parameter(weight) if value_head else None
 
@@ -50,7 +52,12 @@ class Policy(nn.Module):
         labels = packed.labels.index_select(0, rows)
         hidden = hidden.index_select(0, rows)
         logprobs, entropy = token_logprobs(
-            self.decoder.head_weight(), hidden, labels, self.temperature, entropy_gradient=self.entropy_gradient
+            self.decoder.head_weight(),
+            hidden,
+            labels,
+            self.temperature,
+            entropy_gradient=self.entropy_gradient,
+            exact=self.exact_head,
         )
         empty = torch.zeros(len(packed.tokens), device=hidden.device)
         scores = [logprobs, entropy]

@@ -145,6 +145,8 @@ def test_the_plan_of_a_model_of_0_6_billion() -> None:
     assert plan.activations == 16_384 * (28 * token + 3 * 2 * 1024)
     assert plan.head == 2 * 768 * 151_936 + 2 * 151_936 * 1024
     assert plan.total == plan.held + plan.gradients + plan.activations + plan.head
+    exact = train_memory(SHAPE, TrainingConfig(micro_batch_tokens=16_384, head_dtype="float32"), dtype=HALF)
+    assert exact.head - plan.head == 4 * 768 * 151_936
 
 
 @pytest.mark.parametrize(
