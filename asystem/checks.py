@@ -33,7 +33,7 @@ def check(config: Config) -> None:
     """
     is_rl = config.command.value == "train"
     program = (_positions, _algorithm, _rollout, _liveness) if is_rl else (_finetune,)
-    for section in (_run, _model, *program, _training, _memory, _lora, _placement, _precision, _others):
+    for section in (_run, _model, *program, _training, _memory, _streaming, _lora, _placement, _precision, _others):
         for broken, message in section(config):
             if broken:
                 raise ConfigError(message)
@@ -320,6 +320,35 @@ def _memory(config: Config) -> Iterator[Rule]:
         training.offload_optimizer and training.ranks > 1,
         f"training.offload_optimizer works on one rank, and training.ranks={training.ranks} share the states already: "
         "leave one of them out",
+    )
+
+
+def _streaming(config: Config) -> Iterator[Rule]:
+    training = config.training
+    if not training.offload_parameters:
+        return
+    yield (
+        config.device == "cpu",
+        "training.offload_parameters streams weights to a GPU, and device=cpu has them already; leave it out",
+    )
+    yield (
+        training.ranks > 1,
+        f"training.offload_parameters works on one rank, and training.ranks={training.ranks} share the weights: leave "
+        "one of them out",
+    )
+    yield (
+        not training.offload_optimizer,
+        "training.offload_parameters leaves masters and moments, six times as large, on the GPU: set "
+        "training.offload_optimizer=true",
+    )
+    yield (
+        training.recompute.value == "none",
+        "training.offload_parameters keeps no weight from forward to backward: set training.recompute to selective or "
+        "full",
+    )
+    yield (
+        config.placement.kind.value == "hybrid",
+        "training.offload_parameters has no weights on the GPU that generation could share: use placement=split",
     )
 
 

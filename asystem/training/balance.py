@@ -22,17 +22,17 @@ class ExpertBalance:
     """Watches a model's routers over one step after another; nothing to do for a dense one.
 
     Args:
-        model: on its device, not yet sharded.
+        model: not yet sharded. device: that it computes on.
     """
 
-    def __init__(self, model: nn.Module, cfg: TrainingConfig) -> None:
+    def __init__(self, model: nn.Module, cfg: TrainingConfig, device: torch.device) -> None:
         routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
         self.cfg = cfg
         self._biases = [f"{name}.bias" if router.bias is not None else None for name, router in routers.items()]
         self._watches: list[RouterWatch] = []
         for router in routers.values():  # a layer's loss counts for its part of the mean over layers
             if not self._watches:
-                self._scale = torch.zeros((), device=router.weight.device)
+                self._scale = torch.zeros((), device=device)
             balance, z = cfg.balance_coefficient / len(routers), cfg.router_z_coefficient / len(routers)
             router.watch = watch = RouterWatch(router.moe.num_experts, self._scale, balance, z)
             self._watches.append(watch)

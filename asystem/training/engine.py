@@ -33,6 +33,7 @@ from asystem.training.memory import TrainingPlan, free_memory
 from asystem.training.optimizer import MasterOptimizer
 from asystem.training.policy import Policy
 from asystem.training.schedule import LearningRate
+from asystem.training.streaming import StreamedBlocks
 
 
 class TrainEngine:
@@ -73,8 +74,8 @@ class TrainEngine:
             raise ConfigError(f"training.master=bfloat16_stochastic needs training.dtype=bfloat16, and it is {dtype}")
         if cfg.lora.rank > 0:
             _adapt(model, cfg, seed, self.device)
-        self.model = model.to(self.device)
-        self.balance = ExpertBalance(model, cfg)
+        self.model = _placed(model, cfg, self.device)
+        self.balance = ExpertBalance(model, cfg, self.device)
         prepare_blocks(model, cfg, self.device)
         exact = cfg.head_dtype == "float32"
         self.policy = Policy(
@@ -88,7 +89,8 @@ class TrainEngine:
                 p.data = p.data.to(torch.float32 if is_master else dtype)
         if world_size > 1:
             _shard(self.policy, self.device, dtype, world_size)
-        self.optimizer = MasterOptimizer(_trained(self.policy), unrounded, cfg)
+        self._streams = [StreamedBlocks(list(model.layers), self.device)] if cfg.offload_parameters else []
+        self.optimizer = MasterOptimizer(_trained(self.policy), unrounded, cfg, self.device)
         self._fitting = 0  # tokens of a micro-batch that is known to fit in memory
         self.start_phase(cfg.lr, cfg.schedule, cfg.lr_warmup_steps, total_steps)
 
@@ -121,6 +123,8 @@ class TrainEngine:
             for kept, p in zip(self.reference.decoder.parameters(), self.policy.decoder.parameters(), strict=True):
                 kept.copy_(p)
         self.reference.requires_grad_(False).eval()
+        if self.cfg.offload_parameters:
+            self._streams.append(StreamedBlocks(list(decoder.layers), self.device))
 
     def logprobs(self, micro: Sequence[PackedBatch], *, reference: bool = False) -> list[Tensor]:
         """Log-probabilities of the response tokens of each micro-batch, [T] float32 on the device, 0 elsewhere.
@@ -140,6 +144,7 @@ class TrainEngine:
             micro = [replace(packed, routing=None) for packed in micro]
         results = [policy(packed.to(self.device)) for packed in self._padded(micro)]
         policy.train(not reference)
+        self._leave_blocks()
         if self.world_size > 1:
             policy.reshard()  # type: ignore[operator]  # else the root keeps these weights past the next update
         return results[: len(micro)]
@@ -171,6 +176,7 @@ class TrainEngine:
             self.balance.collect(counted=index < len(micro))
             losses.append(loss.detach())
             stats += part
+        self._leave_blocks()
         if padded:
             self._finish_step(stats, torch.stack(losses).tolist(), micro)
         return stats
@@ -205,6 +211,11 @@ class TrainEngine:
 
     def _forward(self, packed: PackedBatch, loss_fn: LossFn) -> tuple[Tensor, Stats]:
         return loss_fn(packed, *self.policy(packed))
+
+    def _leave_blocks(self) -> None:
+        """Streamed weights are in the host's memory again, where they may be changed and read."""
+        for stream in self._streams:
+            stream.leave()
 
     def _check_fits(self, micro: Sequence[PackedBatch]) -> None:
         """Before the first step, so that a run does not end in the middle of a later one; and before larger ones, which
@@ -272,6 +283,15 @@ def _adapt(model: Decoder, cfg: TrainingConfig, seed: int, device: torch.device)
     add_lora(model, cfg.lora, seed=seed, device=device)
     if cfg.lora.adapter is not None:
         load_adapter(model, cfg.lora.adapter)
+
+
+def _placed(model: Decoder, cfg: TrainingConfig, device: torch.device) -> Decoder:
+    """On its device; blocks that are streamed there, in the host's memory."""
+    if not cfg.offload_parameters:
+        return model.to(device)
+    for name, part in model.named_children():
+        part.to("cpu" if name == "layers" else device)
+    return model
 
 
 def _trained(policy: Policy) -> dict[str, nn.Parameter]:

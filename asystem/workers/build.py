@@ -119,11 +119,12 @@ def build_model(
 
 def build_trained(config: Config, device: torch.device) -> Decoder:
     """The model to train: in float32, for the masters; frozen weights at once in the dtype that computes. Those to be
-    kept in fewer bits stay in the host's memory until they are.
+    kept in fewer bits, or streamed, stay in the host's memory.
     """
     lora = config.training.lora
     dtype = pick_dtype(config.training.dtype, device) if lora.rank > 0 else torch.float32
-    return build_model(config, device if lora.base == "auto" else torch.device("cpu"), dtype)
+    is_whole = lora.base == "auto" and not config.training.offload_parameters
+    return build_model(config, device if is_whole else torch.device("cpu"), dtype)
 
 
 def replica_part(rank: int, ranks: int, size: int) -> Shard | None:

@@ -114,6 +114,15 @@ def test_a_key_that_a_recipe_misspells_is_named(tmp_path: Path) -> None:
         load_config([f"recipe={tmp_path}"])
 
 
+STREAMED = [
+    "recipe=quickstart",
+    "device=auto",
+    "training.offload_parameters=true",
+    "training.offload_optimizer=true",
+    "training.recompute=full",
+]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -278,6 +287,11 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
             ["recipe=quickstart", "device=auto", "training.ranks=2", "training.offload_optimizer=true"],
             "training.ranks=2 share the states already",
         ),
+        (["recipe=quickstart", "device=cpu", "training.offload_parameters=true"], "and device=cpu has them already"),
+        ([*STREAMED, "training.ranks=2", "training.offload_optimizer=false"], "training.ranks=2 share the weights"),
+        ([*STREAMED, "training.offload_optimizer=false"], "set training.offload_optimizer=true"),
+        ([*STREAMED, "training.recompute=none"], "set training.recompute to selective or full"),
+        ([*STREAMED, "placement=hybrid"], "no weights on the GPU that generation could share: use placement=split"),
         (
             ["recipe=quickstart", "generation.ranks=3", "generation.tensor_parallel=2"],
             "the ranks of one replica; use 4",
