@@ -35,7 +35,20 @@ def check(config: Config) -> None:
     """
     is_rl = config.command.value == "train"
     program = (_positions, _algorithm, _rollout, _liveness) if is_rl else (_finetune,)
-    for section in (_run, _model, *program, _training, _memory, _lora, _placement, _parallel, _precision, _others):
+    sections = (
+        _run,
+        _model,
+        *program,
+        _training,
+        _memory,
+        _streaming,
+        _lora,
+        _placement,
+        _parallel,
+        _precision,
+        _others,
+    )
+    for section in sections:
         for broken, message in section(config):
             if broken:
                 raise ConfigError(message)
@@ -194,6 +207,11 @@ def _combinations(config: Config) -> Iterator[Rule]:
         f"{algorithm.correction} would count it twice; use correction=none or anchor=proximal",
     )
     yield (
+        algorithm.routing_replay and not config.generation.return_routing,
+        "algorithm.routing_replay=true trains with the experts that generation chose, which it does not bring along: "
+        "set generation.return_routing=true",
+    )
+    yield (
         algorithm.surrogate == "reinforce" and config.training.minibatches > 1,
         f"algorithm.surrogate=reinforce has no ratio that tells training.minibatches={config.training.minibatches} "
         "updates of a batch apart; use minibatches=1 or another surrogate",
@@ -304,7 +322,8 @@ def _training(config: Config) -> Iterator[Rule]:
     yield _above("training.clip_norm", training.clip_norm, 0)
     yield _at_least("training.lr_warmup_steps", training.lr_warmup_steps, 0)
     yield _at_least("training.max_bad_steps", training.max_bad_steps, 1)
-    yield _at_least("training.expert_bias_rate", training.expert_bias_rate, 0)
+    for key in ("balance_coefficient", "router_z_coefficient", "expert_bias_rate"):
+        yield _at_least(f"training.{key}", getattr(training, key), 0)
     yield (
         training.expert_bias_rate > 0 and training.lora.rank > 0,
         f"training.expert_bias_rate={training.expert_bias_rate:g} moves weights that training.lora.rank="
@@ -321,6 +340,10 @@ def _training(config: Config) -> Iterator[Rule]:
     yield (
         training.dtype not in ("auto", "float32", "bfloat16"),
         f'training.dtype="{training.dtype}": choose auto, float32 or bfloat16',
+    )
+    yield (
+        training.head_dtype not in ("auto", "float32"),
+        f'training.head_dtype="{training.head_dtype}": choose auto or float32',
     )
 
 
@@ -341,6 +364,35 @@ def _memory(config: Config) -> Iterator[Rule]:
         training.offload_optimizer and training.ranks > 1,
         f"training.offload_optimizer works on one rank, and training.ranks={training.ranks} share the states already: "
         "leave one of them out",
+    )
+
+
+def _streaming(config: Config) -> Iterator[Rule]:
+    training = config.training
+    if not training.offload_parameters:
+        return
+    yield (
+        config.device == "cpu",
+        "training.offload_parameters streams weights to a GPU, and device=cpu has them already; leave it out",
+    )
+    yield (
+        training.ranks > 1,
+        f"training.offload_parameters works on one rank, and training.ranks={training.ranks} share the weights: leave "
+        "one of them out",
+    )
+    yield (
+        not training.offload_optimizer,
+        "training.offload_parameters leaves masters and moments, six times as large, on the GPU: set "
+        "training.offload_optimizer=true",
+    )
+    yield (
+        training.recompute.value == "none",
+        "training.offload_parameters keeps no weight from forward to backward: set training.recompute to selective or "
+        "full",
+    )
+    yield (
+        config.placement.kind.value == "hybrid",
+        "training.offload_parameters has no weights on the GPU that generation could share: use placement=split",
     )
 
 

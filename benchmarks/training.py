@@ -35,7 +35,7 @@ from asystem.config import LoraConfig, Recompute, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack
 from asystem.models import Decoder, ModelSpec, init_weights
 from asystem.training import TrainEngine, supervised_loss, train_memory
-from asystem.training.flops import train_flops
+from asystem.training.flops import product_rate, train_flops
 
 GIB = 2**30
 PROMPT = 128
@@ -161,22 +161,6 @@ def run_case(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     }
 
 
-def product_rate(device: torch.device, tiny: bool) -> float:
-    """Operations a second of a square product of 8,192 (tiny: 512), in bf16 on CUDA: the median of 20."""
-    size, dtype = (512 if tiny else 8192), (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(23):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times[3:])
-
-
 def child(title: str, args: argparse.Namespace) -> dict[str, Any] | str:
     """The result of a case in a process of its own, or why there is none."""
     command = [sys.executable, __file__, "--child", title, "--device", args.device, "--repeats", str(args.repeats)]
@@ -195,7 +179,7 @@ def child(title: str, args: argparse.Namespace) -> dict[str, Any] | str:
 def run_child(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     if args.child == "rate":
-        result: dict[str, Any] = {"rate": product_rate(device, args.tiny)}
+        result: dict[str, Any] = {"rate": product_rate(device, repeats=20)}
     else:
         args.only = None
         case = next(case for case in cases_of(args) if case.title == args.child)

@@ -120,11 +120,12 @@ def build_model(
 
 def build_trained(config: Config, device: torch.device) -> Decoder:
     """The model to train: in float32, for the masters; frozen weights at once in the dtype that computes. Those to be
-    kept in fewer bits stay in the host's memory until they are.
+    kept in fewer bits, or streamed, stay in the host's memory.
     """
     lora = config.training.lora
     dtype = pick_dtype(config.training.dtype, device) if lora.rank > 0 else torch.float32
-    return build_model(config, device if lora.base == "auto" else torch.device("cpu"), dtype)
+    is_whole = lora.base == "auto" and not config.training.offload_parameters
+    return build_model(config, device if is_whole else torch.device("cpu"), dtype)
 
 
 def replica_part(rank: int, ranks: int, size: int) -> Shard | None:
@@ -143,8 +144,8 @@ def check_model(config: Config) -> tuple[ModelSpec, Tokenizer]:
 
     Raises:
         ModelError, DataError: as `build_model` and `build_tokenizer` would, later.
-        ConfigError: the model cannot be cut over as many ranks as asked, or kept in `generation.dtype`; or routing or
-            moving biases are asked of one that has none.
+        ConfigError: the model cannot be cut over as many ranks as asked, or kept in `generation.dtype`; or something is
+            asked of experts that it does not have.
     """
     spec = spec_from_config(config.model) if config.model.path is None else check_folder(config.model.path)[0]
     check_parallel(spec, config.generation.tensor_parallel)
@@ -154,12 +155,24 @@ def check_model(config: Config) -> tuple[ModelSpec, Tokenizer]:
         raise ConfigError(
             f"generation.dtype={config.generation.dtype}: experts ({spec.family}) are not kept in 8 bits; use auto"
         )
-    if spec.moe is None and config.generation.return_routing:
-        raise ConfigError(f"generation.return_routing=true needs a model with experts; {spec.family} has none")
-    if config.training.expert_bias_rate > 0 and (spec.moe is None or not spec.moe.has_bias):
-        raise ConfigError(
-            f"training.expert_bias_rate={config.training.expert_bias_rate:g} needs experts with biases "
-            f"(bailing_moe_v2); {spec.family} has none: set it to 0"
-        )
+    _check_experts(spec, config)
     check_lora(spec, config.training.lora)
     return spec, build_tokenizer(config, spec.vocab_size)
+
+
+def _check_experts(spec: ModelSpec, config: Config) -> None:
+    training = config.training
+    for key, asked in (
+        ("algorithm.routing_replay", config.algorithm.routing_replay),
+        ("generation.return_routing", config.generation.return_routing),
+        ("training.balance_coefficient", training.balance_coefficient),
+        ("training.router_z_coefficient", training.router_z_coefficient),
+    ):
+        if asked and spec.moe is None:
+            value = "true" if asked is True else f"{asked:g}"
+            raise ConfigError(f"{key}={value} needs a model with experts; {spec.family} has none")
+    if training.expert_bias_rate > 0 and (spec.moe is None or not spec.moe.has_bias):
+        raise ConfigError(
+            f"training.expert_bias_rate={training.expert_bias_rate:g} needs experts with biases "
+            f"(bailing_moe_v2); {spec.family} has none: set it to 0"
+        )

@@ -12,7 +12,16 @@ from asystem.data.examples import Example, ExampleBatch, load_examples
 from asystem.data.packing import PackedBatch, pack_groups
 from asystem.spmd import Collect, Dispatch, Worker, remote
 from asystem.stats import Stats
-from asystem.training import LossFn, PreferenceLoss, Saver, TrainEngine, describe_model, sequence_sums, supervised_loss
+from asystem.training import (
+    LossFn,
+    Meter,
+    PreferenceLoss,
+    Saver,
+    TrainEngine,
+    describe_model,
+    sequence_sums,
+    supervised_loss,
+)
 from asystem.workers.build import build_tokenizer, build_trained, pick_device, pick_dtype
 
 
@@ -38,6 +47,7 @@ class FinetuneWorker(Worker):
             total_steps=config.steps,
             seed=config.seed,
         )
+        self.meter = Meter(model.spec, device, frozen=config.training.lora.rank > 0)
         describe = describe_model(model.spec, tokenizer, config.model, config.training.lora)
         self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
@@ -45,7 +55,8 @@ class FinetuneWorker(Worker):
     @remote(Dispatch.SPLIT, Collect.SUM)
     async def update(self, batch: ExampleBatch) -> Stats:
         """One optimizer step; metrics of all ranks."""
-        return self.trainer.step(self._micro_batches(batch), self._loss(batch))
+        micro, loss_fn = self._micro_batches(batch), self._loss(batch)
+        return self.meter.measure(micro, lambda: self.trainer.step(micro, loss_fn))
 
     @remote(Dispatch.SPLIT, Collect.SUM)
     async def evaluate(self, batch: ExampleBatch) -> Stats:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from asystem.spmd import Collect, Dispatch, Worker, remote, store
 from asystem.state import Outbox, WeightPayload
 from asystem.stats import Stats, merge
 from asystem.tracking.rollouts import RolloutWriter
-from asystem.training import Saver, TrainEngine, describe_model, supervised_loss, with_token_advantages
+from asystem.training import Meter, Saver, TrainEngine, describe_model, supervised_loss, with_token_advantages
 from asystem.types import Ref, Trajectory
 from asystem.workers.build import build_tokenizer, build_trained, pick_device, pick_dtype
 
@@ -55,6 +57,7 @@ class TrainWorker(Worker):
             value_head=config.algorithm.advantage == "gae",
             seed=config.seed,
         )
+        self.meter = Meter(model.spec, device, frozen=config.training.lora.rank > 0)
         self.algorithm = choose(config.algorithm, config.recipe_dir)
         if config.training.warmup.steps == 0:
             self._start_rl()
@@ -137,7 +140,10 @@ class TrainWorker(Worker):
         Raises:
             PublicationError: it is more than `weights.probe_bound`.
         """
-        samples = [Sample(t.prompt_tokens, t.tokens, 0.0, infer_logprobs=t.logprobs) for t in store.get(probe)]
+        samples = [
+            Sample(t.prompt_tokens, t.tokens, 0.0, infer_logprobs=t.logprobs, routing=self._replayed(t))
+            for t in store.get(probe)
+        ]
         micro = pack(samples, self.config.training.micro_batch_tokens)
         pairs = zip(self.trainer.logprobs(micro), micro, strict=True)
         gaps = torch.cat([(ours.cpu() - packed.infer_logprobs)[packed.label_rows].abs() for ours, packed in pairs])
@@ -186,7 +192,7 @@ class TrainWorker(Worker):
                 stats += Stats.later(partial(self._keep, packed, logprobs.detach()))
             return self._with_value_loss(total, stats, packed, *values)
 
-        return self.trainer.step(micro_batches, loss)
+        return self.meter.measure(micro_batches, lambda: self.trainer.step(micro_batches, loss))
 
     def _micro_batches(
         self, batch: Batch, rows: Sequence[BatchRow], trajectories: dict[int, Trajectory]
@@ -209,10 +215,15 @@ class TrainWorker(Worker):
                 trajectories[row.rollout].logprobs,
                 trajectories[row.rollout].versions,
                 row.rollout,
+                routing=self._replayed(trajectories[row.rollout]),
             )
             for row, weight in zip(rows, weights, strict=True)
         ]
         return pack(samples, self.config.training.micro_batch_tokens)
+
+    def _replayed(self, trajectory: Trajectory) -> npt.NDArray[np.uint8 | np.int16] | None:
+        """The experts to train it with; None = the model's own choice."""
+        return trajectory.routing if self.config.algorithm.routing_replay else None
 
     def _with_value_loss(
         self, loss: Tensor, stats: Stats, packed: PackedBatch, values: Tensor | None = None

@@ -114,6 +114,15 @@ def test_a_key_that_a_recipe_misspells_is_named(tmp_path: Path) -> None:
         load_config([f"recipe={tmp_path}"])
 
 
+STREAMED = [
+    "recipe=quickstart",
+    "device=auto",
+    "training.offload_parameters=true",
+    "training.offload_optimizer=true",
+    "training.recompute=full",
+]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -209,6 +218,9 @@ def changed(config: Config, override: str) -> Config:
         ("generation.kv_tokens=21", "generation.kv_tokens=21 does not hold one sequence"),
         ("generation.memory_fraction=1.5", "generation.memory_fraction=1.5 must lie in (0, 1]"),
         ("training.offload_optimizer=true", "where device=cpu has them already"),
+        ("algorithm.routing_replay=true", "which it does not bring along: set generation.return_routing=true"),
+        ("training.head_dtype=bfloat16", 'training.head_dtype="bfloat16": choose auto or float32'),
+        ("training.balance_coefficient=-1", "training.balance_coefficient=-1 is below 0"),
         ("training.expert_bias_rate=-1", "training.expert_bias_rate=-1 is below 0"),
         ("training.lora.rank=-1", "training.lora.rank=-1 is below 0"),
         ("training.lora.base=int8", "training.lora.base=int8 keeps matrices that do not train"),
@@ -280,6 +292,11 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
             ["recipe=quickstart", "device=auto", "training.ranks=2", "training.offload_optimizer=true"],
             "training.ranks=2 share the states already",
         ),
+        (["recipe=quickstart", "device=cpu", "training.offload_parameters=true"], "and device=cpu has them already"),
+        ([*STREAMED, "training.ranks=2", "training.offload_optimizer=false"], "training.ranks=2 share the weights"),
+        ([*STREAMED, "training.offload_optimizer=false"], "set training.offload_optimizer=true"),
+        ([*STREAMED, "training.recompute=none"], "set training.recompute to selective or full"),
+        ([*STREAMED, "placement=hybrid"], "no weights on the GPU that generation could share: use placement=split"),
         (
             ["recipe=quickstart", "training.ranks=4", "training.tensor_parallel=2", "training.expert_parallel=4"],
             "training.ranks=4 is no multiple of training.tensor_parallel=2 x training.expert_parallel=4; use 8",
