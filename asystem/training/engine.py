@@ -76,10 +76,9 @@ class TrainEngine:
             raise ConfigError(f"training.master=bfloat16_stochastic needs training.dtype=bfloat16, and it is {dtype}")
         if cfg.lora.rank > 0:
             _adapt(model, cfg, seed, self.device)
-        model = model.to(self.device)
         if self.ranks.shard is not None:
             model = self.ranks.shard.cut(model, trained=True)
-        self.model = model
+        self.model = model.to(self.device)
         self.balance = ExpertBalance(model, cfg.expert_bias_rate, self.ranks.data_group)
         prepare_blocks(model, cfg, self.device)
         self.policy = Policy(model, temperature, entropy_gradient=entropy_gradient, value_head=value_head)
