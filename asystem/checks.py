@@ -465,6 +465,11 @@ def _parallel(config: Config) -> Iterator[Rule]:
         f"{cut} cuts rows through the blocks that training.optimizer=adamw8bit scales: use adamw, or "
         "training.tensor_parallel=1",
     )
+    yield (
+        tensor > 1 and training.master.value == "bfloat16_stochastic",
+        f"{cut} needs norms that stay equal on the ranks that share them, and training.master=bfloat16_stochastic "
+        "rounds each at random: use training.master=float32",
+    )
 
 
 def _precision(config: Config) -> Iterator[Rule]:

@@ -77,10 +77,9 @@ class TrainEngine:
             raise ConfigError(f"training.master=bfloat16_stochastic needs training.dtype=bfloat16, and it is {dtype}")
         if cfg.lora.rank > 0:
             _adapt(model, cfg, seed, self.device)
-        model = _placed(model, cfg, self.device)
         if self.ranks.shard is not None:
             model = self.ranks.shard.cut(model, trained=True)
-        self.model = model
+        self.model = model = _placed(model, cfg, self.device)
         self.balance = ExpertBalance(model, cfg, self.device, self.ranks.data_group)
         prepare_blocks(model, cfg, self.device)
         self.policy = Policy(
