@@ -19,6 +19,8 @@ SURROGATES = ("ppo", "gspo", "cispo", "reinforce")
 CORRECTIONS = ("none", "tis", "icepop", "kpop", "mis", "geometric")
 TOKEN_CORRECTIONS = ("tis", "icepop", "kpop")
 
+CURRICULA = ("none", "unsolved", "pass_rate")
+
 DENSE_FAMILIES = ("llama", "qwen2", "qwen3")
 MOE_FAMILIES = ("qwen3_moe", "olmoe", "bailing_moe_v2")
 
@@ -33,7 +35,9 @@ def check(config: Config) -> None:
     """
     is_rl = config.command.value == "train"
     program = (_positions, _algorithm, _rollout, _liveness) if is_rl else (_finetune,)
-    for section in (_run, _model, *program, _training, _memory, _streaming, _lora, _placement, _precision, _others):
+    for section in (
+        _run, _model, *program, _training, _memory, _streaming, _lora, _placement, _parallel, _precision, _others,
+    ):  # fmt: skip
         for broken, message in section(config):
             if broken:
                 raise ConfigError(message)
@@ -130,6 +134,13 @@ def _algorithm(config: Config) -> Iterator[Rule]:
         algorithm.value_clip is not None and not algorithm.value_clip > 0,
         f"algorithm.value_clip={algorithm.value_clip} must be above 0, or null",
     )
+    yield (
+        algorithm.group_filter is not None and ".py:" not in algorithm.group_filter,
+        f'algorithm.group_filter="{algorithm.group_filter}" is no function of the recipe: name it file.py:function, or '
+        "null",
+    )
+    yield _at_least("algorithm.dynamic_sampling", algorithm.dynamic_sampling, 0)
+    yield _at_least("algorithm.dynamic_windows", algorithm.dynamic_windows, 1)
     yield _at_least("algorithm.kl_coefficient", algorithm.kl_coefficient, 0)
     yield _at_least("algorithm.entropy_coefficient", algorithm.entropy_coefficient, 0)
     yield (
@@ -156,6 +167,23 @@ def _combinations(config: Config) -> Iterator[Rule]:
         algorithm.advantage == "gae" and algorithm.drop_equal_groups,
         "algorithm.drop_equal_groups leaves out groups of equal rewards, which tell a value head as much as others: "
         "with advantage=gae use drop_equal_groups=false",
+    )
+    yield (
+        algorithm.kl_coefficient == 0 and algorithm.kl_estimator.value != "k3",
+        f"algorithm.kl_estimator={algorithm.kl_estimator.value} measures a distance that algorithm.kl_coefficient=0 "
+        "leaves out, and no reference is held for it: set kl_coefficient above 0, or leave the estimator out",
+    )
+    yield (
+        algorithm.dynamic_sampling > 0 and not algorithm.drop_equal_groups and algorithm.group_filter is None,
+        f"algorithm.dynamic_sampling={algorithm.dynamic_sampling} asks for groups in place of those without signal, "
+        "which algorithm.drop_equal_groups=false trains all the same: set it to true",
+    )
+    most = algorithm.dynamic_windows * (config.rollout.capacity // max(1, algorithm.group_size))
+    yield (
+        algorithm.dynamic_sampling > most,
+        f"algorithm.dynamic_sampling={algorithm.dynamic_sampling} groups are more than algorithm.dynamic_windows="
+        f"{algorithm.dynamic_windows} windows of rollout.capacity={config.rollout.capacity} rollouts have: lower it to "
+        f"{most}, or raise one of those",
     )
     yield (
         algorithm.surrogate == "gspo" and algorithm.correction in TOKEN_CORRECTIONS,
@@ -208,6 +236,11 @@ def _rollout(config: Config) -> Iterator[Rule]:
     )
     yield not 0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p:g} must lie in (0, 1]"
     yield _at_least("rollout.top_k", rollout.top_k, 0)
+    yield (
+        rollout.lengths.median is not None and not rollout.lengths.median > 0,
+        f"rollout.lengths.median={rollout.lengths.median} must be above 0, or null to let end tokens end responses",
+    )
+    yield _at_least("rollout.lengths.sigma", rollout.lengths.sigma, 0)
     yield (
         rollout.top_p < 1 or rollout.top_k > 0,
         f"rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k}: training scores tokens under the whole distribution, "
@@ -400,6 +433,29 @@ def _placement(config: Config) -> Iterator[Rule]:
     )
 
 
+def _parallel(config: Config) -> Iterator[Rule]:
+    training = config.training
+    ranks, tensor, expert = training.ranks, training.tensor_parallel, training.expert_parallel
+    yield _at_least("training.tensor_parallel", tensor, 1)
+    yield _at_least("training.expert_parallel", expert, 1)
+    yield (
+        ranks % (tensor * expert) != 0,
+        f"training.ranks={ranks} is no multiple of training.tensor_parallel={tensor} x training.expert_parallel="
+        f"{expert}; use {ranks + -ranks % (tensor * expert)}",
+    )
+    cut = f"training.tensor_parallel={tensor}" if tensor > 1 else f"training.expert_parallel={expert}"
+    yield (
+        tensor * expert > 1 and training.lora.rank > 0,
+        f"{cut} cuts matrices over ranks, and adapters (training.lora.rank={training.lora.rank}) stand beside whole "
+        "ones: shard by training.ranks alone",
+    )
+    yield (
+        tensor > 1 and training.optimizer.value == "adamw8bit",
+        f"{cut} cuts rows through the blocks that training.optimizer=adamw8bit scales: use adamw, or "
+        "training.tensor_parallel=1",
+    )
+
+
 def _precision(config: Config) -> Iterator[Rule]:
     generation = config.generation
     dtype, head = generation.dtype, generation.head_dtype
@@ -448,6 +504,12 @@ def _others(config: Config) -> Iterator[Rule]:
         f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluations to choose by: set evaluation.every",
     )
     yield _at_least("data.max_prompt_tokens", config.data.max_prompt_tokens, 1)
+    curriculum = config.data.curriculum
+    yield (
+        ".py:" not in curriculum and curriculum not in CURRICULA,
+        f'data.curriculum="{curriculum}" is unknown{nearest(curriculum, CURRICULA)}',
+    )
+    yield _at_least("data.curriculum_visits", config.data.curriculum_visits, 1)
     yield (
         config.data.task is None and config.data.train is None,
         "no dataset: set data.task to the recipe's task.py or data.train to a JSONL file",

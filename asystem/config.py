@@ -152,6 +152,8 @@ class DataConfig:
     name: str = "task"  # names the metric eval/<name>/accuracy
     max_prompt_tokens: int = 1024
     shuffle: bool = True
+    curriculum: str = "none"  # none | unsolved | pass_rate | file.py:function: which prompts are asked again
+    curriculum_visits: int = 2  # groups of a prompt, the last ones, that this looks at; it is asked until then
 
 
 @dataclass
@@ -167,6 +169,10 @@ class AlgorithmConfig:
     value_clip: float | None = 0.2  # gae: by which a value may move from the old one a batch; null = no clip
     overlong_buffer: int = 0  # tokens before max_new_tokens in which the reward falls by up to 1 (DAPO); 0 = none
     drop_equal_groups: bool = False  # leave groups of equal rewards out of batch and denominators (DAPO)
+    group_filter: str | None = None  # file.py:function(rewards, lengths) -> whether a group trains; null = each does
+    # groups with signal that a batch waits for, window after window (DAPO's dynamic sampling); 0 = one window's
+    dynamic_sampling: int = 0
+    dynamic_windows: int = 4  # windows that a batch may take for them, of up to rollout.capacity new rollouts each
     surrogate: str = "ppo"  # ppo | gspo | cispo | reinforce
     anchor: Anchor = Anchor.proximal  # what the surrogate's ratio is taken against
     clip_low: float = 0.2  # ε of the clipped surrogate below 1
@@ -187,6 +193,14 @@ class AlgorithmConfig:
 
 
 @dataclass
+class LengthsConfig:
+    """For studies of speed: response lengths drawn from a log-normal distribution, whatever the model says."""
+
+    median: float | None = None  # tokens, cut at max_new_tokens; end tokens are then ignored; null = they end responses
+    sigma: float = 1.0  # of the logarithm
+
+
+@dataclass
 class RolloutConfig:
     capacity: int = 64  # Ω: rollouts in flight over the whole generation group
     token_budget: int | None = None  # Φ: new tokens a window generates before it hands over; null = wait for all
@@ -198,6 +212,7 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     slice_steps: int = 16  # decode steps between two reports to the controller
+    lengths: LengthsConfig = field(default_factory=LengthsConfig)
 
 
 @dataclass
@@ -241,6 +256,8 @@ class LoraConfig:
 @dataclass
 class TrainingConfig:
     ranks: int = 1  # FSDP2 over them when more than 1
+    tensor_parallel: int = 1  # ranks that share every layer, and rows; each has a part of its heads and its MLP's width
+    expert_parallel: int = 1  # ranks that the experts are spread over; each has rows of its own
     micro_batch_tokens: int = 8192  # packed tokens of one forward and backward
     minibatches: int = 1  # optimizer steps per batch
     lr: float = 1e-6
@@ -258,6 +275,7 @@ class TrainingConfig:
     offload_optimizer: bool = False  # on CUDA: float32 masters and moments in the host's memory; one rank
     # on CUDA, beside offload_optimizer and with recompute: blocks' weights in the host's memory, streamed; one rank
     offload_parameters: bool = False
+    keep_logits: bool = False  # of a micro-batch until its backward pass, which else computes them again
     recompute: Recompute = Recompute.none  # which activations the backward pass computes anew
     compile: Compile = Compile.auto  # torch.compile of the blocks, attention left out
     balance_coefficient: float = 0.0  # of the loss that pulls routers towards equal load of experts; 0 = none
@@ -305,6 +323,7 @@ class EvaluationConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 0  # optimizer steps; 0 = only at the end
+    at_end: bool = True  # of the last step too; false, and every: 0 = none at all, for studies of speed
     keep_last: int = 2
     keep_best: int = 0  # beside the last ones, those that scored best; only steps that were evaluated have a score
 

@@ -65,6 +65,7 @@ class PackedBatch:
         label_rows: [M] int64, where the mask is true: the rows whose logits are needed.
         infer_logprobs, advantages, token_weights: [T] float32, 0 where masked out. versions: [T] int32, -1 there.
         sequence: [T] int32, the number of the sequence within this batch. rollouts: N numbers.
+        starts: `cu_seqlens` on the host.
         old_logprobs: [T] from before the batch's first update, when one batch makes several.
         ref_logprobs: [T] of the frozen reference, where there is one.
         old_values, returns: [T] of the value head from before the first update, and what they should have been.
@@ -86,6 +87,7 @@ class PackedBatch:
     versions: Tensor
     sequence: Tensor
     rollouts: list[int]
+    starts: list[int]
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     old_values: Tensor | None = None
@@ -180,6 +182,7 @@ def pack_one(samples: Sequence[Sample]) -> PackedBatch:
         sequence=torch.from_numpy(np.repeat(np.arange(len(samples), dtype=np.int32), lengths)),
         rollouts=[sample.rollout for sample in samples],
         routing=_routing(samples),
+        starts=starts.tolist(),
     )
 
 

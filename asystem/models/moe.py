@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asystem.models.collectives import Exchange
 from asystem.models.moe_spec import MoESpec
 
 GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `grouped_linear`
@@ -105,28 +107,39 @@ def record_routing(routers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
 class Experts(nn.Module):
     """The MLPs that tokens choose from.
 
+    Args:
+        count: experts that stand here, where others stand on other ranks; None = all.
+
     Attributes:
         gate_up: [E, 2 I, D], the gate's half first. down: [E, D, I].
+        exchange: brings rows to the ranks of their experts and back, where those stand on several.
     """
 
-    def __init__(self, hidden_size: int, moe: MoESpec) -> None:
+    def __init__(self, hidden_size: int, moe: MoESpec, count: int | None = None) -> None:
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.intermediate_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(moe.num_experts, hidden_size, moe.intermediate_size))
+        count = moe.num_experts if count is None else count
+        self.gate_up = nn.Parameter(torch.empty(count, 2 * moe.intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(count, hidden_size, moe.intermediate_size))
+        self.exchange: Exchange | None = None
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor, product: GroupedProduct) -> Tensor:
         """x [T, D], weights and chosen [T, top_k] -> [T, D]."""
         top_k = chosen.shape[1]
         experts, order = chosen.flatten().sort(stable=True)
-        # Found by search: counting waits for the device.
-        ends = torch.searchsorted(
-            experts, torch.arange(len(self.down), device=x.device), right=True, out_int32=True
-        )  # [E], where each expert's rows end
-        gate, up = product(x.index_select(0, order // top_k), self.gate_up, ends).chunk(2, dim=-1)
-        rows = product(F.silu(gate) * up, self.down, ends)
+        rows, compute = x.index_select(0, order // top_k), partial(self._compute, product)
+        rows = compute(rows, experts) if self.exchange is None else self.exchange(rows, experts, compute)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         parts = rows.index_select(0, back).view(len(x), top_k, -1)
         return (parts * weights[..., None]).sum(1).to(x.dtype)
+
+    def _compute(self, product: GroupedProduct, rows: Tensor, experts: Tensor) -> Tensor:
+        """rows [N, D] of these experts [N], ascending -> [N, D]."""
+        # Found by search: counting waits for the device.
+        ends = torch.searchsorted(
+            experts, torch.arange(len(self.down), device=rows.device), right=True, out_int32=True
+        )  # [E], where each expert's rows end
+        gate, up = product(rows, self.gate_up, ends).chunk(2, dim=-1)
+        return product(F.silu(gate) * up, self.down, ends)
 
 
 class MoE(nn.Module):
@@ -145,8 +158,21 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, product: GroupedProduct | None = None, given: Tensor | None = None) -> Tensor:
         """[T, D] -> [T, D]; `product` in the place of the layer's own, and experts as `Router` takes them."""
-        out: Tensor = self.experts(x, *self.router(x, given), product or self.product)
+        weights, chosen = self.router(x, given)
+        out = self._experts(x, weights, chosen, product or self.product)
         return out if self.shared is None else out + self.shared(x)
+
+    def leave_uncompiled(self) -> None:
+        """Keeps out of torch.compile's graphs what looks at numbers of tokens: experts in turn, and on other ranks."""
+        if not self.router.weight.is_cuda:
+            self.product = torch.compiler.disable(self.product)  # type: ignore[no-untyped-call]
+        if self.experts.exchange is not None:
+            uncompiled = torch.compiler.disable(self._experts)  # type: ignore[no-untyped-call]
+            setattr(self, "_experts", uncompiled)  # noqa: B010 (mypy: a method)
+
+    def _experts(self, x: Tensor, weights: Tensor, chosen: Tensor, product: GroupedProduct) -> Tensor:
+        out: Tensor = self.experts(x, weights, chosen, product)
+        return out
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How parameters of a model that decodes are written: it may hold a rank's part of each, or 8-bit numbers."""
+"""Which blocks of parameters a model holds, and how they are written: it may hold a rank's part, or 8-bit numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from asystem.models.quantized import QuantizedLinear
 
 
 def weight_pieces(model: Decoder) -> dict[str, tuple[tuple[int, ...], Sequence[Piece]]]:
-    """Of each parameter that is sent to a model its whole shape, and which blocks of it the model holds where."""
+    """Of each parameter that is sent from or to a model its whole shape, and which blocks the model holds where."""
     found: dict[str, tuple[tuple[int, ...], Sequence[Piece]]] = {}
     for name, parameter in model.named_parameters():
         if name.endswith(".channel_scale"):  # comes about with the 8-bit numbers beside it

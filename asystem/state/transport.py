@@ -8,8 +8,9 @@ where not. A tied head is the embedding and goes once.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -50,16 +51,36 @@ class WeightPayload:
 
     Attributes:
         checksums: of the blocks as they were in the sender's parameters, in the order of ``places``; () = not taken.
+        sender: its rank in training.
     """
 
     places: tuple[Place, ...]
     buffer: Buffer
     checksums: tuple[int, ...] = ()
+    sender: int = 0
 
     @property
     def num_bytes(self) -> int:
         """Of the buffer, padding included."""
         return self.buffer.nbytes
+
+    def parts(self) -> list[WeightPayload]:
+        """The same in parts that have one block of a parameter at most; a rank that shares layers sends several."""
+        turns: list[list[int]] = []
+        seen: Counter[str] = Counter()
+        for index, place in enumerate(self.places):
+            if seen[place.name] == len(turns):
+                turns.append([])
+            turns[seen[place.name]].append(index)
+            seen[place.name] += 1
+        return [
+            replace(
+                self,
+                places=tuple(self.places[index] for index in turn),
+                checksums=tuple(self.checksums[index] for index in turn if self.checksums),
+            )
+            for turn in turns
+        ]
 
     def blocks(self) -> list[Tensor]:
         """Views into the buffer, which may be read-only: do not write to them.
@@ -83,10 +104,13 @@ class Outbox:
         model: its parameters; a rank of several has its part of each.
         dtype: on the wire; None = as the parameters are.
         verify_every: publications of which the first brings checksums; 0 = none does.
+        rank: of training.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, verify_every: int = 1) -> None:
-        self.model, self.dtype, self.verify_every = model, dtype, verify_every
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype | None = None, verify_every: int = 1, rank: int = 0
+    ) -> None:
+        self.model, self.dtype, self.verify_every, self.rank = model, dtype, verify_every, rank
         self._places: tuple[Place, ...] = ()
         self._buffer: Buffer | None = None
         self._published = 0
@@ -109,7 +133,7 @@ class Outbox:
                 checksums.append(checksum(block, box, place.shape))
         self._published += 1
         assert self._buffer is not None, "a model has parameters"
-        return WeightPayload(self._places, self._buffer, tuple(checksums))
+        return WeightPayload(self._places, self._buffer, tuple(checksums), self.rank)
 
     def _plan(self, weights: Sequence[PlainWeight]) -> None:
         places: list[Place] = []
@@ -140,6 +164,7 @@ class Inbox:
             ModelError: names or shapes differ, a block is missing, or a buffer is short; nothing is changed then.
             PublicationError: a parameter is not what was sent.
         """
+        payloads = [part for payload in payloads for part in payload.parts()]
         self._plan([payload.places for payload in payloads])
         arrived = Arrived(payloads)
         for name, moves in self._moves.items():
@@ -169,6 +194,7 @@ class Arrived:
             checksums = payload.checksums or (None,) * len(payload.places)
             rows = zip(payload.places, payload.blocks(), checksums, strict=True)
             self._blocks.append({row[0].name: row for row in rows})
+        self._ranks = [payload.sender for payload in payloads]
         self.has_checksums = all(payload.checksums for payload in payloads)
 
     def block(self, move: Move) -> Tensor:
@@ -207,7 +233,7 @@ class Arrived:
     def _check_transit(self, name: str, sender: int) -> None:
         place, block, sent = self._blocks[sender].get(name, (None, None, None))
         if place is not None and block is not None and checksum(block, place.box, place.shape) != sent:
-            raise PublicationError(f"{name} changed on its way from rank {sender} of training")
+            raise PublicationError(f"{name} changed on its way from rank {self._ranks[sender]} of training")
 
 
 def _dtype(name: str) -> torch.dtype:

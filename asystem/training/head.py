@@ -29,6 +29,7 @@ def token_logprobs(
     *,
     entropy_gradient: bool = False,
     exact: bool = False,
+    keep_logits: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [M] float32 of labels [M] after hidden states [M, D], head's weight [V, D].
@@ -39,9 +40,12 @@ def token_logprobs(
         entropy_gradient: the entropy has a gradient.
         exact: logits are float32, as the head's product sums them up, from inputs in the model's dtype; else they are
             rounded to that. All after them is float32, and their gradient is rounded to the model's dtype.
+        keep_logits: all of them wait for the backward pass, whatever ``chunk_elements``.
     """
+    keep = keep_logits and torch.is_grad_enabled()
+    rows = max(1, len(labels)) if keep else chunk_rows(weight.shape[0], chunk_elements)
     logprobs, entropy = _Head.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, temperature, chunk_rows(weight.shape[0], chunk_elements), entropy_gradient, exact
+        hidden, weight, labels, temperature, rows, entropy_gradient, exact
     )
     return logprobs, entropy
 

@@ -29,7 +29,7 @@ from torch import nn
 
 from asystem.config import Compile, Master, Optimizer, Recompute, TrainingConfig
 from asystem.errors import CapacityError
-from asystem.models import Decoder, FrozenLinear, ModelSpec, add_lora
+from asystem.models import Block, Decoder, FrozenLinear, ModelSpec, Shard, add_lora
 from asystem.training.head import chunk_rows
 from asystem.training.offload import PLACES
 from asystem.training.optimizer import PIECE
@@ -107,15 +107,18 @@ class TrainingPlan:
         ranks: int = 1,
         device: str = "cuda",
     ) -> None:
-        self.spec, self.cfg, self.dtype, self.ranks = spec, cfg, dtype, ranks
+        self.cfg, self.dtype, self.ranks = cfg, dtype, ranks
         self.offloads = cfg.offload_optimizer and device == "cuda"
         self.compiled = cfg.compile is Compile.always or (cfg.compile is Compile.auto and device == "cuda")
         self.streams = cfg.offload_parameters and device == "cuda"
         self.stochastic = cfg.master is Master.bfloat16_stochastic
+        shard = Shard(0, cfg.tensor_parallel, expert_size=cfg.expert_parallel)
         with torch.device("meta"):
-            self.model = Decoder(spec)
+            self.model = Decoder(spec) if shard.size == shard.expert_size == 1 else shard.decoder(spec)
             if cfg.lora.rank > 0:
                 add_lora(self.model, cfg.lora)
+        self.spec = self.model.spec  # of a rank's part
+        self._sharded = self._shards()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         streamed = self.model.layers.parameters() if self.streams else ()
         self._away = set(streamed)  # in the host's memory, but for what streams
@@ -276,7 +279,7 @@ class TrainingPlan:
 
     def _head(self, tokens: int) -> int:
         """Logits of a chunk, in float32 also rounded, and where it trains the gradient of its weights."""
-        rows = min(tokens, chunk_rows(self.spec.vocab_size))
+        rows = tokens if self.cfg.keep_logits else min(tokens, chunk_rows(self.spec.vocab_size))
         is_exact = self.cfg.head_dtype == "float32" and self.dtype is not torch.float32
         logits = rows * self.spec.vocab_size * (self.dtype.itemsize + 4 * is_exact)
         head = self.model.head_weight()
@@ -288,9 +291,20 @@ class TrainingPlan:
     def _count(self) -> int:
         return sum(map(self._local, self.trained))
 
+    def _shards(self) -> dict[nn.Parameter, int]:
+        """Ranks over which FSDP2 shards each parameter of a rank's part (`training.ranks`)."""
+        data = self.ranks // self.cfg.tensor_parallel
+        over = dict.fromkeys(self.model.parameters(), self.ranks)
+        for block in self.model.layers:
+            assert isinstance(block, Block), "a decoder's layers are blocks"
+            over |= dict.fromkeys(block.parameters(), data)
+            if (experts := block.spread_experts) is not None:
+                over |= dict.fromkeys(experts.parameters(), data // self.cfg.expert_parallel)
+        return over
+
     def _local(self, p: nn.Parameter) -> int:
         """Numbers of a parameter on the rank with the most: FSDP2 cuts rows."""
-        return -(-p.shape[0] // self.ranks) * prod(p.shape[1:])
+        return -(-p.shape[0] // self._sharded[p]) * prod(p.shape[1:])
 
     def _at_once(self, p: nn.Parameter) -> int:
         """Values of it that the optimizer takes together where it does not take all: whole rows."""

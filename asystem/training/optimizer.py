@@ -13,8 +13,8 @@ from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
 from asystem.config import Master, Optimizer, TrainingConfig
-from asystem.models import whole
 from asystem.training.offload import HostStates
+from asystem.training.ranks import RankGradients
 from asystem.training.states import Dynamic8Bit, Float32, Kind, StochasticBFloat16, local, stochastic_round_
 from asystem.training.streaming import HostSums
 
@@ -47,6 +47,7 @@ class MasterOptimizer:
     Args:
         params: the model's parameters by name; those that lie in the host's memory are streamed to the device.
         exact: the values to start from where the parameters have already been rounded.
+        gradients: what several ranks have to settle about theirs; None = there is one rank.
         device: that computes; None = where the parameters are.
     """
 
@@ -55,9 +56,10 @@ class MasterOptimizer:
         params: dict[str, nn.Parameter],
         exact: dict[str, Tensor],
         cfg: TrainingConfig,
+        gradients: RankGradients | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self.params, self.cfg = params, cfg
+        self.params, self.cfg, self._ranks = params, cfg, gradients
         device = device or next(iter(params.values())).device
         self._host = HostStates(device) if cfg.offload_optimizer and device.type == "cuda" else None
         streamed = {name: p for name, p in params.items() if self._host is not None and not p.is_cuda}
@@ -101,8 +103,10 @@ class MasterOptimizer:
         """
         if self._sums is not None:
             self._sums.wait()
-        total = get_total_norm(list(self._gradients.values()))
-        norm = float(whole(total))
+        if self._ranks is None:
+            norm = float(get_total_norm(list(self._gradients.values())))
+        else:
+            norm = self._ranks.settle(self._gradients)
         if math.isfinite(norm):
             self._steps += 1
             scale = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm > 0 else 1.0
@@ -127,13 +131,17 @@ class MasterOptimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to be saved, by name; loading writes into these tensors, then `publish`."""
+        return {key: tensor for key, _, tensor in self.states()}
+
+    def states(self) -> Iterator[tuple[str, str, Tensor]]:
+        """As `tensors`: the name under which it is saved, that of its parameter ("" = of none), and the tensor."""
         if self._host is not None:
             self._host.wait()
-        named = {"optimizer.steps": self._steps}
+        yield "optimizer.steps", "", self._steps
         for name, states in self._states.items():
             for key, kept in zip(KEYS, states, strict=True):
-                named |= {f"{key}{'_scale' * place}.{name}": tensor.detach() for place, tensor in enumerate(kept)}
-        return named
+                for place, tensor in enumerate(kept):
+                    yield f"{key}{'_scale' * place}.{name}", name, tensor.detach()
 
     def _kinds_of(self, p: nn.Parameter) -> tuple[Kind, Kind, Kind]:
         """Of the master and the two moments. Norms and biases, which are few, are not kept in 8 bits."""

@@ -14,6 +14,7 @@ from asystem.models import (
     Decoder,
     ModelSpec,
     Shard,
+    check_experts,
     check_folder,
     check_lora,
     check_parallel,
@@ -143,11 +144,13 @@ def check_model(config: Config) -> tuple[ModelSpec, Tokenizer]:
 
     Raises:
         ModelError, DataError: as `build_model` and `build_tokenizer` would, later.
-        ConfigError: the model cannot be cut over `generation.tensor_parallel` ranks, or kept in `generation.dtype`; or
-            something is asked of experts that it does not have.
+        ConfigError: the model cannot be cut over as many ranks as asked, or kept in `generation.dtype`; or something is
+            asked of experts that it does not have.
     """
     spec = spec_from_config(config.model) if config.model.path is None else check_folder(config.model.path)[0]
     check_parallel(spec, config.generation.tensor_parallel)
+    check_parallel(spec, config.training.tensor_parallel, "training.tensor_parallel")
+    check_experts(spec, config.training.expert_parallel)
     if spec.moe is not None and config.generation.dtype in ("int8", "fp8"):
         raise ConfigError(
             f"generation.dtype={config.generation.dtype}: experts ({spec.family}) are not kept in 8 bits; use auto"

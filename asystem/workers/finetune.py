@@ -47,7 +47,8 @@ class FinetuneWorker(Worker):
             total_steps=config.steps,
             seed=config.seed,
         )
-        self.meter = Meter(model.spec, device, frozen=config.training.lora.rank > 0)
+        training = config.training
+        self.meter = Meter(model.spec, device, frozen=training.lora.rank > 0, sharing=training.tensor_parallel)
         describe = describe_model(model.spec, tokenizer, config.model, config.training.lora)
         self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
@@ -66,7 +67,7 @@ class FinetuneWorker(Worker):
             loss, part = loss_fn(packed.to(self.trainer.device), logprobs, torch.zeros_like(logprobs))
             stats += part
             stats.add_sum("loss", float(loss))
-        return stats
+        return stats.settled()
 
     @remote(Dispatch.SPLIT, Collect.CONCAT)
     async def reference(self, batch: ExampleBatch) -> list[Example]:
@@ -87,7 +88,8 @@ class FinetuneWorker(Worker):
 
         Adapters are also written as a PEFT folder, the run's `adapter/`.
         """
-        self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
+        if step < self.config.steps or self.config.checkpoint.at_end:
+            self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
         if step == self.config.steps:
             self.saver.wait()
         if self.config.training.lora.rank > 0:

@@ -17,6 +17,7 @@ from asystem.data.task import Row, load_task
 from asystem.errors import DataError, ModelError
 from asystem.generation import Engine, EngineRequest
 from asystem.models import Decoder
+from asystem.rollout import drawn_length
 from asystem.spmd import Collect, Dispatch, Worker, remote, store
 from asystem.state import Inbox, WeightPayload
 from asystem.types import DecodeReport, FinishedRollout, Ref, RolloutRequest, SamplingParams, Trajectory
@@ -66,7 +67,7 @@ class GenerateWorker(Worker):
     async def decode(self, requests: Sequence[RolloutRequest], lease: int | None) -> DecodeReport:
         """Takes new requests and decodes a slice: at most `rollout.slice_steps` steps, or until the lease is spent."""
         started = time.perf_counter()
-        self.engine.submit([self._request(self.task.train, request, self.sampling) for request in requests])
+        self.engine.submit([self._request(self.task.train, one, self._sampling_of(one.rollout)) for one in requests])
         rollout = self.config.rollout
         decoded = self.engine.decode(max_tokens=lease, counts=rollout.budget_counts, max_steps=rollout.slice_steps)
         return DecodeReport(
@@ -123,6 +124,14 @@ class GenerateWorker(Worker):
         finished = self.engine.decode().finished
         self.engine.resume()
         return finished
+
+    def _sampling_of(self, rollout: int) -> SamplingParams:
+        """How a rollout is sampled: as configured, but for a length that a study gives it."""
+        lengths, longest, seed = self.config.rollout.lengths, self.sampling.max_new_tokens, self.config.seed
+        if lengths.median is None:
+            return self.sampling
+        length = drawn_length(lengths.median, lengths.sigma, longest, seed=seed, rollout=rollout)
+        return replace(self.sampling, max_new_tokens=length, ignore_eos=True)
 
     def check_version(self, version: int) -> None:
         """Refuses weights older than those that are loaded."""

@@ -31,7 +31,7 @@ class HybridWorker(TrainWorker, GenerateWorker):
         self.start_training(model)  # first: it brings the shared weights into the dtype that both compute in
         self.start_generation(merged_copy(model) if self.config.training.lora.rank > 0 else model)
 
-    @remote(Dispatch.BROADCAST, Collect.CONCAT)
+    @remote(Dispatch.BROADCAST, Collect.GATHER)
     async def export_weights(self) -> list[Ref[WeightPayload]]:
         """Nothing is copied: publishing is the new version number alone."""
         return []

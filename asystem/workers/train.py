@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,8 @@ class TrainWorker(Worker):
             value_head=config.algorithm.advantage == "gae",
             seed=config.seed,
         )
-        self.meter = Meter(model.spec, device, frozen=config.training.lora.rank > 0)
+        training = config.training
+        self.meter = Meter(model.spec, device, frozen=training.lora.rank > 0, sharing=training.tensor_parallel)
         self.algorithm = choose(config.algorithm, config.recipe_dir)
         if config.training.warmup.steps == 0:
             self._start_rl()
@@ -64,10 +66,11 @@ class TrainWorker(Worker):
         self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
         wire_dtype = pick_dtype(config.generation.dtype, device)
-        self._outbox = Outbox(self.trainer.model, wire_dtype, config.weights.verify_every)
+        self._outbox = Outbox(self.trainer.model, wire_dtype, config.weights.verify_every, self.rank)
         self._warm_ups = 0
         self._columns: dict[int, tuple[list[float], list[int]]] = {}
-        self._writer = RolloutWriter(self.run_dir / "rollouts", self.rank) if config.tracking.rollouts else None
+        writes = config.tracking.rollouts and self.trainer.ranks.is_first
+        self._writer = RolloutWriter(self.run_dir / "rollouts", self.rank) if writes else None
 
     @remote(Dispatch.SPLIT, Collect.SUM)
     async def update(self, batch: Batch) -> Stats:
@@ -106,7 +109,8 @@ class TrainWorker(Worker):
             pairs = [self._demonstration(row) for row in rows]
             weight = 1.0 / sum(len(response) for _, response in pairs)
             samples = [Sample(prompt, response, weight) for prompt, response in pairs]
-            micro = pack(samples[self.rank :: self.world_size], self.config.training.micro_batch_tokens)
+            ranks = self.trainer.ranks
+            micro = pack(samples[ranks.data_rank :: ranks.data], self.config.training.micro_batch_tokens)
             stats = self.trainer.step(micro, supervised_loss)
             self._warm_ups += 1
         if self._warm_ups == warmup.steps:
@@ -122,7 +126,7 @@ class TrainWorker(Worker):
         if self.config.algorithm.kl_coefficient > 0:
             self.trainer.keep_reference()
 
-    @remote(Dispatch.BROADCAST, Collect.CONCAT)
+    @remote(Dispatch.BROADCAST, Collect.GATHER)
     async def export_weights(self) -> list[Ref[WeightPayload]]:
         """Each rank's part of the present weights behind a reference, in the dtype that generation wants.
 
@@ -164,7 +168,8 @@ class TrainWorker(Worker):
         """
         if self._writer is not None:
             self._writer.flush()
-        self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
+        if step < self.config.steps or self.config.checkpoint.at_end:
+            self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
         if step == self.config.steps:
             self.saver.wait()
         if self.config.training.lora.rank > 0:
@@ -172,20 +177,20 @@ class TrainWorker(Worker):
 
     def _step(self, micro_batches: Sequence[PackedBatch]) -> Stats:
         def loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor, *values: Tensor) -> tuple[Tensor, Stats]:
-            if self._writer is not None:
-                self._keep(packed, logprobs.detach())
             total, stats = policy_loss(
                 logprobs,
                 infer_logprobs=packed.infer_logprobs,
                 advantages=packed.advantages,
                 token_weights=packed.token_weights,
-                mask=packed.mask,
+                rows=packed.label_rows,
                 sequence=packed.sequence,
                 algorithm=self.algorithm,
                 old_logprobs=packed.old_logprobs,
                 ref_logprobs=packed.ref_logprobs,
                 entropy=entropy,
             )
+            if self._writer is not None:
+                stats += Stats.later(partial(self._keep, packed, logprobs.detach()))
             return self._with_value_loss(total, stats, packed, *values)
 
         return self.meter.measure(micro_batches, lambda: self.trainer.step(micro_batches, loss))
@@ -231,7 +236,7 @@ class TrainWorker(Worker):
             old_values=packed.old_values,
             returns=packed.returns,
             token_weights=packed.token_weights,
-            mask=packed.mask,
+            rows=packed.label_rows,
             cfg=self.algorithm.cfg,
         )
         return loss + part, stats + more
@@ -252,7 +257,7 @@ class TrainWorker(Worker):
         reference = self.trainer.logprobs(micro_batches, reference=True)
         return [replace(packed, ref_logprobs=values) for packed, values in zip(micro_batches, reference, strict=True)]
 
-    def _keep(self, packed: PackedBatch, logprobs: Tensor) -> None:
+    def _keep(self, packed: PackedBatch, logprobs: Tensor) -> Stats:
         """Remembers each response's training log-probabilities and correction weights for `rollouts/`."""
         train = logprobs if packed.old_logprobs is None else packed.old_logprobs
         rows = packed.label_rows
@@ -265,6 +270,7 @@ class TrainWorker(Worker):
         columns = zip(torch.split(train[rows].cpu(), lengths), torch.split(kept, lengths), strict=True)
         for rollout, (values, mask) in zip(packed.rollouts, columns, strict=True):
             self._columns[rollout] = (values.tolist(), mask.tolist())
+        return Stats()
 
     def _demonstration(self, row: Row) -> tuple[list[int], list[int]]:
         return (

@@ -124,7 +124,7 @@ def _critic(rank: int | None) -> dict[str, Any]:
 
     def loss_fn(packed: PackedBatch, logprobs: Tensor, entropy: Tensor, values: Tensor) -> tuple[Tensor, Stats]:
         assert packed.old_values is not None and packed.returns is not None
-        common = {"token_weights": packed.token_weights, "mask": packed.mask, "cfg": cfg}
+        common = {"token_weights": packed.token_weights, "rows": packed.label_rows, "cfg": cfg}
         loss, stats = value_loss(values, old_values=packed.old_values, returns=packed.returns, **common)  # type: ignore[arg-type]
         return loss - (packed.token_weights * packed.advantages * logprobs).sum(), stats
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import Run, metrics
 
+from asystem.compose import read_config
+from asystem.controller.replay import replay
 from asystem.errors import RewardError
 from asystem.tracking import is_timing
 
@@ -38,6 +40,25 @@ def test_staleness_keeps_its_bound(run: Run, eta: int, sigma: int) -> None:
     assert all(row["version"] == row["step"] for row in rows)
 
 
+def test_dynamic_sampling_waits_for_groups_with_signal_and_repeats(run: Run) -> None:
+    """Asynchronous, with a curriculum: what is asked depends on rewards, and a replay asks the same."""
+    dynamic = (
+        "algorithm=dapo",
+        "algorithm.dynamic_sampling=7",
+        "algorithm.dynamic_windows=3",
+        "data.curriculum=pass_rate",
+    )
+    bounds = ("rollout.max_staleness=2", "rollout.retention=2", "training.warmup.steps=60", "steps=8")
+    run_dir, _ = run(*dynamic, *bounds, "data.curriculum_visits=1")
+    rows = metrics(run_dir)[1:]
+    for row in rows:
+        signal = round(row["reward/groups_with_signal"] * row["rollout/groups"])
+        assert signal >= 7 or row["rollout/windows"] == 3
+        assert row["rollout/staleness_max"] <= 4
+    assert {row["rollout/windows"] for row in rows} > {1}
+    assert replay(read_config(run_dir / "config.yaml"), run_dir)[1:] == (9, [])
+
+
 def test_kv_of_carried_rollouts_is_kept_or_recomputed(run: Run) -> None:
     """The same schedule either way; log-probabilities part once a carried rollout goes on under new weights."""
     overrides = ("rollout=c3po", "rollout.token_budget=300", "generation.max_running=24")
@@ -66,8 +87,9 @@ def test_hybrid_placement_gives_the_metrics_of_split_in_lockstep(run: Run) -> No
 
 
 def test_several_updates_a_batch_clip_against_the_first_weights(run: Run) -> None:
-    run_dir, _ = run("training.minibatches=2", "steps=3")
+    run_dir, _ = run("training.minibatches=2", "steps=3", "checkpoint.at_end=false")
     rows = metrics(run_dir)[1:]
+    assert not (run_dir / "checkpoints").exists()
     assert any(row["train/clip_fraction"] > 0 for row in rows)
 
 

@@ -188,6 +188,11 @@ def changed(config: Config, override: str) -> Config:
         ("algorithm.gamma=0", "algorithm.gamma=0 must lie in (0, 1]"),
         ("algorithm.gae_lambda=1.1", "algorithm.gae_lambda=1.1 must lie between 0 and 1"),
         ("algorithm.value_clip=0", "algorithm.value_clip=0 must be above 0, or null"),
+        ("algorithm.dynamic_sampling=8", "which algorithm.drop_equal_groups=false trains all the same: set it to true"),
+        ("algorithm.group_filter=mixed", 'algorithm.group_filter="mixed" is no function of the recipe'),
+        ("algorithm.dynamic_windows=0", "algorithm.dynamic_windows=0 is below 1"),
+        ("data.curriculum=pass_rat", 'data.curriculum="pass_rat" is unknown (did you mean "pass_rate"?)'),
+        ("rollout.lengths.median=0", "rollout.lengths.median=0 must be above 0, or null"),
         ("algorithm.kl_coefficient=-1", "algorithm.kl_coefficient=-1 is below 0"),
         ("algorithm.icepop_alpha=6", "IcePop's band [6, 5] needs"),
         ("rollout.top_p=0", "rollout.top_p=0 must lie in (0, 1]"),
@@ -293,6 +298,18 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
         ([*STREAMED, "training.recompute=none"], "set training.recompute to selective or full"),
         ([*STREAMED, "placement=hybrid"], "no weights on the GPU that generation could share: use placement=split"),
         (
+            ["recipe=quickstart", "training.ranks=4", "training.tensor_parallel=2", "training.expert_parallel=4"],
+            "training.ranks=4 is no multiple of training.tensor_parallel=2 x training.expert_parallel=4; use 8",
+        ),
+        (
+            ["recipe=quickstart", "training.ranks=2", "training.tensor_parallel=2", "training.lora.rank=2"],
+            "training.tensor_parallel=2 cuts matrices over ranks, and adapters (training.lora.rank=2)",
+        ),
+        (
+            ["recipe=quickstart", "training.ranks=2", "training.tensor_parallel=2", "training.optimizer=adamw8bit"],
+            "training.tensor_parallel=2 cuts rows through the blocks that training.optimizer=adamw8bit scales",
+        ),
+        (
             ["recipe=quickstart", "generation.ranks=3", "generation.tensor_parallel=2"],
             "the ranks of one replica; use 4",
         ),
@@ -324,6 +341,15 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
             "takes its baseline from a value head, which algorithm.value_coefficient=0 does not train",
         ),
         (["recipe=quickstart", "algorithm=ppo", "algorithm.drop_equal_groups=true"], "tell a value head as much"),
+        (
+            ["recipe=quickstart", "algorithm=dapo", "algorithm.dynamic_sampling=129"],
+            "129 groups are more than algorithm.dynamic_windows=4 windows of rollout.capacity=256 rollouts have: lower "
+            "it to 128",
+        ),
+        (
+            ["recipe=quickstart", "algorithm.kl_estimator=k1"],
+            "algorithm.kl_estimator=k1 measures a distance that algorithm.kl_coefficient=0",
+        ),
         (["recipe=quickstart", "algorithm.anchor=behavior"], "would count it twice; use correction=none"),
         (
             ["recipe=quickstart", "algorithm.surrogate=reinforce", "training.minibatches=2"],

@@ -30,7 +30,7 @@ def _rl_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Te
         infer_logprobs=packed.infer_logprobs,
         advantages=packed.advantages,
         token_weights=packed.token_weights,
-        mask=packed.mask,
+        rows=packed.label_rows,
         sequence=packed.sequence,
         algorithm=choose(AlgorithmConfig(icepop_alpha=0.01, icepop_beta=100.0), "."),
         entropy=entropy,

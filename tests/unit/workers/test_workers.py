@@ -14,6 +14,7 @@ from asystem.config import Config, ExpertsConfig
 from asystem.data.batch import Batch, BatchRow
 from asystem.errors import ConfigError, DataError, ModelError, PublicationError
 from asystem.models import QuantizedLinear, merge
+from asystem.rollout import drawn_length
 from asystem.spmd import store
 from asystem.types import FinishedRollout, Ref, RolloutRequest
 from asystem.workers import GenerateWorker, HybridWorker, RewardWorker, TrainWorker
@@ -70,6 +71,16 @@ def test_a_slice_ends_after_its_steps_and_describes_what_finished(config: Config
     trajectory = store.get(finished[0].ref)[finished[0].row]
     assert trajectory.prompt_tokens.tolist() == [ord("a"), ord("b")]
     assert len(trajectory.tokens) == finished[0].length <= 6
+
+
+def test_a_study_gives_rollouts_their_lengths(config: Config) -> None:
+    config.rollout.lengths.median, config.rollout.max_new_tokens = 4.0, 6
+    worker = GenerateWorker(config)
+    ready(worker)
+    finished = decode(worker, [RolloutRequest(i, i, 0) for i in range(20)])
+    expected = [drawn_length(4.0, 1.0, 6, seed=0, rollout=i) for i in range(20)]
+    assert [rollout.length for rollout in finished] == expected
+    assert len(set(expected)) > 3
 
 
 def test_evaluation_leaves_rollouts_in_flight_alone(config: Config) -> None:
@@ -251,3 +262,13 @@ def test_a_process_that_shards_and_compiles_nothing_does_not_wait_for_those_impo
     program = f"import sys, asystem.controller.run, asystem.workers; print(sorted({slow} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert ended.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("coefficient", "is_kept"), [(0.0, False), (0.1, True)])
+def test_a_reference_is_loaded_only_where_the_loss_measures_to_it(
+    config: Config, tmp_path: Path, coefficient: float, is_kept: bool
+) -> None:
+    config.algorithm.kl_coefficient, config.training.warmup.steps = coefficient, 0
+    worker = TrainWorker(config, tmp_path)
+    ready(worker)
+    assert (worker.trainer.reference is not None) == is_kept
