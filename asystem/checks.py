@@ -35,9 +35,20 @@ def check(config: Config) -> None:
     """
     is_rl = config.command.value == "train"
     program = (_positions, _algorithm, _rollout, _liveness) if is_rl else (_finetune,)
-    for section in (
-        _run, _model, *program, _training, _memory, _streaming, _lora, _placement, _parallel, _precision, _others,
-    ):  # fmt: skip
+    sections = (
+        _run,
+        _model,
+        *program,
+        _training,
+        _memory,
+        _streaming,
+        _lora,
+        _placement,
+        _parallel,
+        _precision,
+        _others,
+    )
+    for section in sections:
         for broken, message in section(config):
             if broken:
                 raise ConfigError(message)
@@ -453,6 +464,11 @@ def _parallel(config: Config) -> Iterator[Rule]:
         tensor > 1 and training.optimizer.value == "adamw8bit",
         f"{cut} cuts rows through the blocks that training.optimizer=adamw8bit scales: use adamw, or "
         "training.tensor_parallel=1",
+    )
+    yield (
+        tensor > 1 and training.master.value == "bfloat16_stochastic",
+        f"{cut} needs norms that stay equal on the ranks that share them, and training.master=bfloat16_stochastic "
+        "rounds each at random: use training.master=float32",
     )
 
 

@@ -273,9 +273,9 @@ class TrainingConfig:
     optimizer: Optimizer = Optimizer.adamw
     master: Master = Master.float32  # how weights are kept between steps
     offload_optimizer: bool = False  # on CUDA: float32 masters and moments in the host's memory; one rank
+    keep_logits: bool = False  # of a micro-batch until its backward pass, which else computes them again
     # on CUDA, beside offload_optimizer and with recompute: blocks' weights in the host's memory, streamed; one rank
     offload_parameters: bool = False
-    keep_logits: bool = False  # of a micro-batch until its backward pass, which else computes them again
     recompute: Recompute = Recompute.none  # which activations the backward pass computes anew
     compile: Compile = Compile.auto  # torch.compile of the blocks, attention left out
     balance_coefficient: float = 0.0  # of the loss that pulls routers towards equal load of experts; 0 = none

@@ -93,6 +93,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def chosen(only: list[str] | None) -> list[Case]:
+    """The cases asked for, and those of one GPU that they are compared with."""
+    wanted = [case for case in CASES if only is None or any(text in case.title for text in only)]
+    shapes = {case.shape for case in wanted}
+    return [case for case in CASES if case in wanted or (case.alone and case.shape in shapes)]
+
+
 def batch_of(args: argparse.Namespace, spec: ModelSpec, rank: int, ranks: int) -> list[PackedBatch]:
     """The rows of one of the ranks that have rows of their own."""
     count, prompt, trained, micro = (8, 16, 24, 120) if args.tiny else (128, 128, 512, 16_384)
@@ -183,9 +190,7 @@ def work(rank: int, args: argparse.Namespace, port: int) -> None:
     )  # fmt: skip
     ones: dict[str, Found] = {}
     rows: list[Row] = []
-    for case in CASES:
-        if args.only is not None and not case.alone and not any(text in case.title for text in args.only):
-            continue
+    for case in chosen(args.only):
         found = run_case(args, case, device)
         if case.alone:
             ones[case.shape] = found

@@ -181,8 +181,8 @@ def pack_one(samples: Sequence[Sample]) -> PackedBatch:
         versions=at_labels([_or(s.versions, -1) for s in samples], np.int32, -1),
         sequence=torch.from_numpy(np.repeat(np.arange(len(samples), dtype=np.int32), lengths)),
         rollouts=[sample.rollout for sample in samples],
-        routing=_routing(samples),
         starts=starts.tolist(),
+        routing=_routing(samples),
     )
 
 

@@ -210,9 +210,7 @@ def check_experts(spec: ModelSpec, size: int) -> None:
     if spec.moe.num_experts % size:
         count = spec.moe.num_experts
         fitting = _dividing([count], below=size)
-        raise ConfigError(
-            f"training.expert_parallel={size} does not divide the model's experts, {count}: use {fitting}"
-        )
+        raise ConfigError(f"training.expert_parallel={size} does not divide the {count} experts: use {fitting}")
 
 
 def _dividing(numbers: Sequence[int], *, below: int) -> int:

@@ -77,10 +77,9 @@ class TrainEngine:
             raise ConfigError(f"training.master=bfloat16_stochastic needs training.dtype=bfloat16, and it is {dtype}")
         if cfg.lora.rank > 0:
             _adapt(model, cfg, seed, self.device)
-        model = _placed(model, cfg, self.device)
         if self.ranks.shard is not None:
             model = self.ranks.shard.cut(model, trained=True)
-        self.model = model
+        self.model = model = _placed(model, cfg, self.device)
         self.balance = ExpertBalance(model, cfg, self.device, self.ranks)
         prepare_blocks(model, cfg, self.device)
         self.policy = Policy(
@@ -176,9 +175,8 @@ class TrainEngine:
             CapacityError: a micro-batch will not fit in the GPU's memory; says which size would.
         """
         self._check_fits(micro)
-        padded = [
-            packed.to(self.device) for packed in self._padded(micro)
-        ]  # now: a copy waits for all work queued before
+        # All now: a later copy would wait for the work that is queued before it.
+        padded = [packed.to(self.device) for packed in self._padded(micro)]
         stats = Stats()
         losses: list[Tensor] = []
         self.balance.start(sum(len(packed.tokens) for packed in micro))

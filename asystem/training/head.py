@@ -28,8 +28,8 @@ def token_logprobs(
     temperature: float = 1.0,
     *,
     entropy_gradient: bool = False,
-    exact: bool = False,
     keep_logits: bool = False,
+    exact: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [M] float32 of labels [M] after hidden states [M, D], head's weight [V, D].
@@ -38,9 +38,9 @@ def token_logprobs(
 
     Args:
         entropy_gradient: the entropy has a gradient.
+        keep_logits: all of them wait for the backward pass instead.
         exact: logits are float32, as the head's product sums them up, from inputs in the model's dtype; else they are
             rounded to that. All after them is float32, and their gradient is rounded to the model's dtype.
-        keep_logits: all of them wait for the backward pass, whatever ``chunk_elements``.
     """
     keep = keep_logits and torch.is_grad_enabled()
     rows = max(1, len(labels)) if keep else chunk_rows(weight.shape[0], chunk_elements)

@@ -120,12 +120,13 @@ def build_model(
 
 def build_trained(config: Config, device: torch.device) -> Decoder:
     """The model to train: in float32, for the masters; frozen weights at once in the dtype that computes. Those to be
-    kept in fewer bits, or streamed, stay in the host's memory.
+    kept in fewer bits, or streamed, stay in the host's memory, and so does a model that is cut over ranks until it is.
     """
-    lora = config.training.lora
-    dtype = pick_dtype(config.training.dtype, device) if lora.rank > 0 else torch.float32
-    is_whole = lora.base == "auto" and not config.training.offload_parameters
-    return build_model(config, device if is_whole else torch.device("cpu"), dtype)
+    training = config.training
+    dtype = pick_dtype(training.dtype, device) if training.lora.rank > 0 else torch.float32
+    is_cut = training.tensor_parallel * training.expert_parallel > 1
+    waits = training.lora.base != "auto" or training.offload_parameters or is_cut
+    return build_model(config, torch.device("cpu") if waits else device, dtype)
 
 
 def replica_part(rank: int, ranks: int, size: int) -> Shard | None:

@@ -303,11 +303,18 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
         ),
         (
             ["recipe=quickstart", "training.ranks=2", "training.tensor_parallel=2", "training.lora.rank=2"],
-            "training.tensor_parallel=2 cuts matrices over ranks, and adapters (training.lora.rank=2)",
+            "training.tensor_parallel=2 cuts matrices over ranks, and adapters",
         ),
         (
             ["recipe=quickstart", "training.ranks=2", "training.tensor_parallel=2", "training.optimizer=adamw8bit"],
             "training.tensor_parallel=2 cuts rows through the blocks that training.optimizer=adamw8bit scales",
+        ),
+        (
+            [
+                *("recipe=quickstart", "training.ranks=2", "training.tensor_parallel=2", "training.dtype=bfloat16"),
+                "training.master=bfloat16_stochastic",
+            ],
+            "needs norms that stay equal on the ranks that share them",
         ),
         (
             ["recipe=quickstart", "generation.ranks=3", "generation.tensor_parallel=2"],
