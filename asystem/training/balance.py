@@ -7,8 +7,6 @@ No loss pulls at the router for the biases (Wang et al. 2024, arXiv:2408.15664, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from asystem.config import TrainingConfig
 from asystem.models import Router, local_piece
 from asystem.stats import Stats
 from asystem.training.optimizer import MasterOptimizer
+from asystem.training.ranks import Ranks
 from asystem.training.router_losses import SUMS, RouterWatch
 
 
@@ -25,12 +24,11 @@ class ExpertBalance:
 
     Args:
         model: not yet sharded. device: that it computes on.
-        group: of the ranks that have rows of their own; None = all.
     """
 
-    def __init__(self, model: nn.Module, cfg: TrainingConfig, device: torch.device, group: Any = None) -> None:
+    def __init__(self, model: nn.Module, cfg: TrainingConfig, device: torch.device, ranks: Ranks) -> None:
         routers = {name: module for name, module in model.named_modules() if isinstance(module, Router)}
-        self.cfg, self.group = cfg, group
+        self.cfg, self.ranks = cfg, ranks
         self._biases = [f"{name}.bias" if router.bias is not None else None for name, router in routers.items()]
         self._watches: list[RouterWatch] = []
         for router in routers.values():  # a layer's loss counts for its part of the mean over layers
@@ -41,12 +39,11 @@ class ExpertBalance:
             self._watches.append(watch)
         self._total: Tensor | None = None
 
-    def start(self, tokens: int, ranks: int) -> None:
-        """Before a step's first micro-batch.
+    def start(self, tokens: int) -> None:
+        """Before a step's first micro-batch; ``tokens``: of all this rank's micro-batches.
 
-        Args:
-            tokens: of all this rank's micro-batches. ranks: of the group; losses are multiplied by their number, as the
-                policy's is.
+        A loss is multiplied as the policy's is, because FSDP takes the mean over ranks that have rows of their own; and
+        divided among those that share rows, whose routers' gradients are added up as parts (`ranks.RankGradients`).
         """
         if not self._watches:
             return
@@ -54,9 +51,10 @@ class ExpertBalance:
         torch._foreach_zero_([watch.row for watch in self._watches])
         if self.cfg.balance_coefficient or self.cfg.router_z_coefficient:
             self._scale.fill_(tokens)
-            if ranks > 1:
-                dist.all_reduce(self._scale, group=self.group)
-            self._scale.copy_(ranks / self._scale.clamp(min=1.0))
+            if self.ranks.world > 1:
+                dist.all_reduce(self._scale, group=self.ranks.data_group)
+            sharing = self.ranks.world // self.ranks.data
+            self._scale.copy_(self.ranks.data / sharing / self._scale.clamp(min=1.0))
 
     def mute(self) -> None:
         """Before micro-batches that only keep ranks in step: they have no losses."""
@@ -72,7 +70,7 @@ class ExpertBalance:
             torch._foreach_zero_(rows)
 
     @torch.no_grad()
-    def finish(self, optimizer: MasterOptimizer, stats: Stats, ranks: int, *, good: bool) -> None:
+    def finish(self, optimizer: MasterOptimizer, stats: Stats, *, good: bool) -> None:
         """After the optimizer's step: moves the biases, unless that was skipped, and reports.
 
         Args:
@@ -82,8 +80,8 @@ class ExpertBalance:
         """
         if self._total is None:
             return
-        if ranks > 1:
-            dist.all_reduce(self._total, group=self.group)
+        if self.ranks.world > 1:
+            dist.all_reduce(self._total, group=self.ranks.data_group)
         loads, sums = self._total[:, :-SUMS], self._total[:, -SUMS:].sum(0).tolist()
         for name, load in zip(self._biases, loads, strict=True):
             if name is not None and good and self.cfg.expert_bias_rate > 0:

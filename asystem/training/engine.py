@@ -80,7 +80,7 @@ class TrainEngine:
         if self.ranks.shard is not None:
             model = self.ranks.shard.cut(model, trained=True)
         self.model = model = _placed(model, cfg, self.device)
-        self.balance = ExpertBalance(model, cfg, self.device, self.ranks.data_group)
+        self.balance = ExpertBalance(model, cfg, self.device, self.ranks)
         prepare_blocks(model, cfg, self.device)
         self.policy = Policy(
             model,
@@ -179,7 +179,7 @@ class TrainEngine:
         padded = [packed.to(self.device) for packed in self._padded(micro)]
         stats = Stats()
         losses: list[Tensor] = []
-        self.balance.start(sum(len(packed.tokens) for packed in micro), self.ranks.data)
+        self.balance.start(sum(len(packed.tokens) for packed in micro))
         for index, packed in enumerate(padded):
             if index == len(micro):
                 self.balance.mute()
@@ -262,7 +262,7 @@ class TrainEngine:
         lr = self.lr.at(self.steps)
         norm = self.optimizer.step(lr, self.cfg.clip_norm)
         is_bad = not math.isfinite(norm)
-        self.balance.finish(self.optimizer, stats, self.ranks.data, good=not is_bad)
+        self.balance.finish(self.optimizer, stats, good=not is_bad)
         self.steps += 1
         self.bad_steps = self.bad_steps + 1 if is_bad else 0
         # What is the same on all ranks is told by the first, so that adding ranks up leaves it right.

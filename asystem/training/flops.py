@@ -45,11 +45,11 @@ class Meter:
     """Measures the utilisation of one rank's device by optimizer steps.
 
     Args:
-        frozen: as `train_flops`.
+        frozen: as `train_flops`. sharing: ranks that have the same rows, and each its part of the operations.
     """
 
-    def __init__(self, spec: ModelSpec, device: torch.device, *, frozen: bool) -> None:
-        self.spec, self.device, self.frozen = spec, device, frozen
+    def __init__(self, spec: ModelSpec, device: torch.device, *, frozen: bool, sharing: int = 1) -> None:
+        self.spec, self.device, self.frozen, self.sharing = spec, device, frozen, sharing
         self.rate = product_rate(device)
 
     def measure(self, micro: Sequence[PackedBatch], step: Callable[[], Stats]) -> Stats:
@@ -61,7 +61,8 @@ class Meter:
         stats = step()
         _wait(self.device)
         seconds = time.perf_counter() - started
-        stats.add_mean("train/mfu", train_flops(self.spec, micro, frozen=self.frozen), seconds * self.rate)
+        needed = train_flops(self.spec, micro, frozen=self.frozen) / self.sharing
+        stats.add_mean("train/mfu", needed, seconds * self.rate)
         return stats
 
 

@@ -47,7 +47,8 @@ class FinetuneWorker(Worker):
             total_steps=config.steps,
             seed=config.seed,
         )
-        self.meter = Meter(model.spec, device, frozen=config.training.lora.rank > 0)
+        training = config.training
+        self.meter = Meter(model.spec, device, frozen=training.lora.rank > 0, sharing=training.tensor_parallel)
         describe = describe_model(model.spec, tokenizer, config.model, config.training.lora)
         self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)

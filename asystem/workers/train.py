@@ -57,7 +57,8 @@ class TrainWorker(Worker):
             value_head=config.algorithm.advantage == "gae",
             seed=config.seed,
         )
-        self.meter = Meter(model.spec, device, frozen=config.training.lora.rank > 0)
+        training = config.training
+        self.meter = Meter(model.spec, device, frozen=training.lora.rank > 0, sharing=training.tensor_parallel)
         self.algorithm = choose(config.algorithm, config.recipe_dir)
         if config.training.warmup.steps == 0:
             self._start_rl()

@@ -131,3 +131,16 @@ def test_a_reward_that_raises_is_masked_and_counted(recipe: Path, run: Run) -> N
         run("reward.max_error_share=0.0", "training.warmup.steps=2")
     latest = json.loads((recipe.parent.parent / "runs" / "larger" / "latest" / "summary.json").read_text())
     assert latest["status"] == "failed"
+
+
+def test_experts_of_older_weights_are_replayed(run: Run) -> None:
+    asynchronous = ("rollout=c3po", "rollout.token_budget=300", "rollout.max_staleness=1", "training.lr=1e-3")
+    experts = ("model=tiny_moe", "generation.return_routing=true", "training.balance_coefficient=0.01")
+    replayed, own = (
+        metrics(run(*asynchronous, *experts, f"algorithm.routing_replay={on}")[0])[1:] for on in ("true", "false")
+    )
+    assert 0 < max(row["routing/replaced_fraction"] for row in replayed) < 0.5
+    assert not any("routing/replaced_fraction" in row for row in own)
+    for row in (*replayed, *own):
+        assert row["train/expert_load_max"] > 1 and row["train/balance_loss"] > 0.9
+        assert row["train/mfu"] > 0 and row["train/tokens_per_second"] > 0

@@ -44,13 +44,13 @@ def test_a_hand_worked_count() -> None:
 def test_utilisation_adds_up_over_ranks_and_steps() -> None:
     spec = ModelSpec("llama", 10, 4, 8, 1, 2, 1, 2)
     small, large = ([pack_one(make_samples([n]))] for n in (2, 9))
-    meter, parts, spent = Meter(spec, torch.device("cpu"), frozen=True), [], 0.0
+    meter, parts, spent = Meter(spec, torch.device("cpu"), frozen=True, sharing=2), [], 0.0
     for micro, seconds in ((small, 0.02), (large, 0.05), ([], 0.03)):
         started = time.perf_counter()
         parts.append(meter.measure(micro, lambda seconds=seconds: (time.sleep(seconds), Stats())[1]))  # type: ignore[misc]
         spent += time.perf_counter() - started
     needed = train_flops(spec, small, frozen=True) + train_flops(spec, large, frozen=True)
-    assert merge(parts).to_dict()["train/mfu"] == pytest.approx(needed / spent / meter.rate, rel=0.05)
+    assert merge(parts).to_dict()["train/mfu"] == pytest.approx(needed / 2 / spent / meter.rate, rel=0.05)
 
 
 def test_the_rate_of_products_is_measured_once() -> None:
