@@ -6,12 +6,14 @@ from asystem.training.export import describe_model, export_checkpoint
 from asystem.training.losses import LossFn, supervised_loss
 from asystem.training.memory import TrainingPlan, TrainMemory, train_memory
 from asystem.training.preferences import PreferenceLoss, sequence_sums
+from asystem.training.ranks import Ranks
 from asystem.training.saving import Saver
 from asystem.training.values import with_token_advantages
 
 __all__ = [
     "LossFn",
     "PreferenceLoss",
+    "Ranks",
     "Saver",
     "TrainEngine",
     "TrainMemory",

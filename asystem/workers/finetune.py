@@ -12,7 +12,16 @@ from asystem.data.examples import Example, ExampleBatch, load_examples
 from asystem.data.packing import PackedBatch, pack_groups
 from asystem.spmd import Collect, Dispatch, Worker, remote
 from asystem.stats import Stats
-from asystem.training import LossFn, PreferenceLoss, Saver, TrainEngine, describe_model, sequence_sums, supervised_loss
+from asystem.training import (
+    LossFn,
+    PreferenceLoss,
+    Ranks,
+    Saver,
+    TrainEngine,
+    describe_model,
+    sequence_sums,
+    supervised_loss,
+)
 from asystem.workers.build import build_tokenizer, build_trained, pick_device, pick_dtype
 
 
@@ -26,7 +35,8 @@ class FinetuneWorker(Worker):
 
     async def setup(self) -> None:
         config, device = self.config, pick_device(self.config)
-        model = build_trained(config, device)
+        ranks = Ranks.of(config.training, self.world_size)
+        model = build_trained(config, device, ranks.shard)
         tokenizer = build_tokenizer(config, model.spec.vocab_size)
         self.train, self.held_out = load_examples(config, tokenizer)
         self.trainer = TrainEngine(
@@ -37,8 +47,9 @@ class FinetuneWorker(Worker):
             world_size=self.world_size,
             total_steps=config.steps,
             seed=config.seed,
+            ranks=ranks,
         )
-        describe = describe_model(model.spec, tokenizer, config.model, config.training.lora)
+        describe = describe_model(self.trainer.spec, tokenizer, config.model, config.training.lora)
         self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
 
