@@ -194,8 +194,10 @@ def load_model(
     for file in dict.fromkeys(found.values()):
         with _opened(file) as shard:
             for name in shard.keys() & table.keys():
-                place = table[name]
-                write_rows(model, place.name, place.start, _read(shard, name, place, model), place.expert)
+                place, expert = table[name], table[name].expert
+                if expert is not None and part is not None and (expert := part.expert(model.spec, expert)) is None:
+                    continue
+                write_rows(model, place.name, place.start, _read(shard, name, place, model), expert)
     if spec.tie_embeddings and TIED_HEAD in found:
         with _opened(found[TIED_HEAD]) as shard:
             embedding = model.embed.weight.detach().cpu()

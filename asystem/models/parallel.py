@@ -88,11 +88,22 @@ class Shard:
             moe=moe,
         )
 
-    def decoder(self, whole: ModelSpec, *, trained: bool = False) -> Decoder:
-        """A decoder of the part's shape, without weights, whose layers are added up over the ranks.
+    def whole(self, spec: ModelSpec) -> ModelSpec:
+        """The shape of the model that a part of this shape belongs to; the inverse of `spec`."""
+        moe = spec.moe
+        if moe is not None:
+            inner, shared = moe.intermediate_size * self.size, moe.shared_size * self.size
+            moe = replace(moe, intermediate_size=inner, shared_size=shared)
+        return replace(
+            spec,
+            num_heads=spec.num_heads * self.size,
+            num_kv_heads=spec.num_kv_heads * self.size,
+            intermediate_size=spec.intermediate_size * self.size,
+            moe=moe,
+        )
 
-        Args:
-            trained: gradients pass through the sums.
+    def decoder(self, whole: ModelSpec) -> Decoder:
+        """A decoder of the part's shape, without weights, whose layers are added up over the ranks.
 
         Raises:
             ConfigError: as `spec`.
@@ -101,20 +112,25 @@ class Shard:
         model.shard = self
         for block in model.layers:
             assert isinstance(block, Block), "a decoder's layers are blocks"
-            if self.size > 1 and trained:
-                name = group_name(self.group)
-                block.enter, block.reduce = partial(enter, group=name), partial(leave, group=name)
-            elif self.size > 1:
+            if self.size > 1:
                 block.reduce = self._sum
             if isinstance(block.mlp, MoE) and self.expert_size > 1:
                 self._spread(block.mlp, model.spec)
         return model
 
+    def pass_gradients(self, model: Decoder) -> None:
+        """Lets gradients through the sums of a `decoder`, in place."""
+        if self.size > 1:
+            name = group_name(self.group)
+            for block in model.layers:
+                assert isinstance(block, Block), "a decoder's layers are blocks"
+                block.enter, block.reduce = partial(enter, group=name), partial(leave, group=name)
+
     @torch.no_grad()
-    def cut(self, whole: Decoder, *, trained: bool = False) -> Decoder:
+    def cut(self, whole: Decoder) -> Decoder:
         """The part of a model, copied out of it, on its device and in its dtype."""
         with torch.device("meta"):
-            model = self.decoder(whole.spec, trained=trained)
+            model = self.decoder(whole.spec)
         for name, parameter in list(model.named_parameters()):
             part = self.part(model.spec, name, whole.get_parameter(name)).clone()
             owner, _, leaf = name.rpartition(".")
@@ -141,6 +157,12 @@ class Shard:
         for cut in self._cuts(spec, name):
             whole[cut.dim] *= cut.ranks
         return tuple(whole)
+
+    def expert(self, spec: ModelSpec, number: int) -> int | None:
+        """Which of the experts that stand here an expert is; None = it stands on another rank."""
+        assert spec.moe is not None, "a dense model has no experts"
+        each = spec.moe.num_experts // self.expert_size
+        return number % each if number // each == self.expert_rank else None
 
     def is_cut(self, spec: ModelSpec, name: str) -> bool:
         """Whether the ranks that share layers have each a part of the parameter."""

@@ -42,7 +42,7 @@ class TrainEngine:
     every call is collective.
 
     Args:
-        model: the whole; its parameters, or those of this rank's part, become ``dtype`` (one rank) or float32 shards
+        model: the whole, or this rank's part of it; its parameters become ``dtype`` (one rank) or float32 shards
             (FSDP2, computing in ``dtype``); with ``cfg.lora``, frozen in ``dtype`` beside adapters.
         dtype: of forward and backward; `training.optimizer` says how masters, gradients' sums and moments are kept.
         world_size: ranks of the default process group, which stands already when more than 1.
@@ -51,6 +51,7 @@ class TrainEngine:
         entropy_gradient: the loss uses the entropy's gradient.
         value_head: beside log-probabilities and entropies a loss gets values, of a head that trains along.
         seed: of the adapters' first weights.
+        ranks: how they share the model; None = as ``cfg`` says.
 
     Raises:
         ConfigError: the masters are to be of another dtype than the model.
@@ -69,16 +70,19 @@ class TrainEngine:
         entropy_gradient: bool = False,
         value_head: bool = False,
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.cfg, self.device, self.dtype, self.world_size = cfg, torch.device(device), dtype, world_size
-        self.ranks, self.spec = Ranks.of(cfg, world_size), model.spec
+        self.ranks, self.spec = ranks or Ranks.of(cfg, world_size), model.spec
         self.rank = self.ranks.rank
         if cfg.master is Master.bfloat16_stochastic and dtype is not torch.bfloat16:
             raise ConfigError(f"training.master=bfloat16_stochastic needs training.dtype=bfloat16, and it is {dtype}")
         if cfg.lora.rank > 0:
             _adapt(model, cfg, seed, self.device)
-        if self.ranks.shard is not None:
-            model = self.ranks.shard.cut(model, trained=True)
+        if (shard := self.ranks.shard) is not None:
+            model = model if model.shard is not None else shard.cut(model)
+            shard.pass_gradients(model)
+            self.spec = shard.whole(model.spec)
         self.model = model = _placed(model, cfg, self.device)
         self.balance = ExpertBalance(model, cfg, self.device, self.ranks)
         prepare_blocks(model, cfg, self.device)

@@ -118,15 +118,17 @@ def build_model(
     return model if quantized is None else quantize(model, quantized)
 
 
-def build_trained(config: Config, device: torch.device) -> Decoder:
+def build_trained(config: Config, device: torch.device, part: Shard | None = None) -> Decoder:
     """The model to train: in float32, for the masters; frozen weights at once in the dtype that computes. Those to be
-    kept in fewer bits, or streamed, stay in the host's memory, and so does a model that is cut over ranks until it is.
+    kept in fewer bits, or streamed, stay in the host's memory.
+
+    Args:
+        part: what this rank holds of it where it is cut over ranks; None = all.
     """
     training = config.training
     dtype = pick_dtype(training.dtype, device) if training.lora.rank > 0 else torch.float32
-    is_cut = training.tensor_parallel * training.expert_parallel > 1
-    waits = training.lora.base != "auto" or training.offload_parameters or is_cut
-    return build_model(config, torch.device("cpu") if waits else device, dtype)
+    waits = training.lora.base != "auto" or training.offload_parameters
+    return build_model(config, torch.device("cpu") if waits else device, dtype, part)
 
 
 def replica_part(rank: int, ranks: int, size: int) -> Shard | None:

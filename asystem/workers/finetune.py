@@ -16,6 +16,7 @@ from asystem.training import (
     LossFn,
     Meter,
     PreferenceLoss,
+    Ranks,
     Saver,
     TrainEngine,
     describe_model,
@@ -35,7 +36,8 @@ class FinetuneWorker(Worker):
 
     async def setup(self) -> None:
         config, device = self.config, pick_device(self.config)
-        model = build_trained(config, device)
+        ranks = Ranks.of(config.training, self.world_size)
+        model = build_trained(config, device, ranks.shard)
         tokenizer = build_tokenizer(config, model.spec.vocab_size)
         self.train, self.held_out = load_examples(config, tokenizer)
         self.trainer = TrainEngine(
@@ -46,10 +48,11 @@ class FinetuneWorker(Worker):
             world_size=self.world_size,
             total_steps=config.steps,
             seed=config.seed,
+            ranks=ranks,
         )
         training = config.training
-        self.meter = Meter(model.spec, device, frozen=training.lora.rank > 0, sharing=training.tensor_parallel)
-        describe = describe_model(model.spec, tokenizer, config.model, config.training.lora)
+        self.meter = Meter(self.trainer.spec, device, frozen=training.lora.rank > 0, sharing=training.tensor_parallel)
+        describe = describe_model(self.trainer.spec, tokenizer, config.model, config.training.lora)
         self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
 

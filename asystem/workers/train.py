@@ -24,7 +24,7 @@ from asystem.spmd import Collect, Dispatch, Worker, remote, store
 from asystem.state import Outbox, WeightPayload
 from asystem.stats import Stats, merge
 from asystem.tracking.rollouts import RolloutWriter
-from asystem.training import Meter, Saver, TrainEngine, describe_model, supervised_loss, with_token_advantages
+from asystem.training import Meter, Ranks, Saver, TrainEngine, describe_model, supervised_loss, with_token_advantages
 from asystem.types import Ref, Trajectory
 from asystem.workers.build import build_tokenizer, build_trained, pick_device, pick_dtype
 
@@ -38,9 +38,10 @@ class TrainWorker(Worker):
         self.config, self.run_dir = config, run_dir
 
     async def setup(self) -> None:
-        self.start_training(build_trained(self.config, pick_device(self.config)))
+        ranks = Ranks.of(self.config.training, self.world_size)
+        self.start_training(build_trained(self.config, pick_device(self.config), ranks.shard), ranks)
 
-    def start_training(self, model: Decoder) -> None:
+    def start_training(self, model: Decoder, ranks: Ranks | None = None) -> None:
         """Builds the engine around a model, which a hybrid worker shares with generation."""
         config, device = self.config, pick_device(self.config)
         self.tokenizer = build_tokenizer(config, model.spec.vocab_size)
@@ -56,13 +57,14 @@ class TrainWorker(Worker):
             entropy_gradient=config.algorithm.entropy_coefficient != 0,
             value_head=config.algorithm.advantage == "gae",
             seed=config.seed,
+            ranks=ranks,
         )
         training = config.training
-        self.meter = Meter(model.spec, device, frozen=training.lora.rank > 0, sharing=training.tensor_parallel)
+        self.meter = Meter(self.trainer.spec, device, frozen=training.lora.rank > 0, sharing=training.tensor_parallel)
         self.algorithm = choose(config.algorithm, config.recipe_dir)
         if config.training.warmup.steps == 0:
             self._start_rl()
-        describe = describe_model(model.spec, self.tokenizer, config.model, config.training.lora)
+        describe = describe_model(self.trainer.spec, self.tokenizer, config.model, config.training.lora)
         self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
         wire_dtype = pick_dtype(config.generation.dtype, device)

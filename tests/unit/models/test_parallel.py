@@ -17,6 +17,14 @@ EXPERTS = ModelSpec("bailing_moe_v2", 23, 12, 20, 2, num_heads=4, num_kv_heads=2
 SPEC = ModelSpec("qwen2", 23, 12, 20, 2, num_heads=8, num_kv_heads=4, head_dim=6, qkv_bias=True)
 
 
+# All parts that make up a model.
+CUTS = {
+    "halves": [Shard(rank, 2) for rank in range(2)],
+    "spread": [Shard(0, 1, expert_rank=rank, expert_size=3) for rank in range(3)],
+    "both": [Shard(rank % 2, 2, expert_rank=rank // 2, expert_size=3) for rank in range(6)],
+}
+
+
 def random_model(spec: ModelSpec = SPEC) -> Decoder:
     model = Decoder(spec)
     init_weights(model, 0, std=0.3)
@@ -53,8 +61,9 @@ def test_a_folder_is_read_and_published_weights_are_taken_in_part(tmp_path: Path
     whole = random_model(spec)
     save_model(whole, spec, tmp_path)
     payload = Outbox(whole).write()
-    for rank in range(2):
-        shard = Shard(rank, 2)
+    shards = CUTS["both"] if spec.moe is not None else CUTS["halves"]
+    for shard in shards:
+        assert shard.whole(shard.spec(spec)) == spec
         loaded, cut, sent = load_model(tmp_path, part=shard), shard.cut(whole), shard.cut(random_model(spec))
         with torch.no_grad():
             for parameter in sent.parameters():
@@ -63,14 +72,6 @@ def test_a_folder_is_read_and_published_weights_are_taken_in_part(tmp_path: Path
         for name, parameter in cut.named_parameters():
             assert torch.equal(loaded.get_parameter(name), parameter), name
             assert torch.equal(sent.get_parameter(name), parameter), name
-
-
-# Of (this rank, ranks that share layers, place, ranks that experts are spread over): all that make up a model.
-CUTS = {
-    "halves": [Shard(rank, 2) for rank in range(2)],
-    "spread": [Shard(0, 1, expert_rank=rank, expert_size=3) for rank in range(3)],
-    "both": [Shard(rank % 2, 2, expert_rank=rank // 2, expert_size=3) for rank in range(6)],
-}
 
 
 @pytest.mark.parametrize(("spec", "kind"), [(SPEC, "halves"), *((EXPERTS, kind) for kind in CUTS)])
