@@ -1,0 +1,191 @@
+"""Corrections of the mismatch between training and generation, on a small mixture of experts: which runs collapse?
+
+    python benchmarks/mismatch.py --out runs/mismatch [--settings precision both] [--corrections none icepop]
+        [--seeds 0 1 2] [--steps 200] [--jobs 2] [--device cpu] [--write]
+
+For each seed a model learns to sort from a careless teacher (`asystem sft recipe=icepop_moe/sft`); each run goes on from
+it by RL (`recipe=icepop_moe`) under one setting and one correction, in a process of one thread. A run that is done stands
+in OUT/runs.jsonl, a line each with its curves, and is not run again. `--write` makes the results file, the curves and the
+tables of docs/mismatch.md of what stands there.
+
+A run has collapsed if it was stopped for NaN gradients, or if its accuracy on held-out prompts at the end (the mean of
+its last two evaluations) is below half of the best that it had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from asystem.config import AlgorithmConfig
+
+Run = dict[str, Any]
+
+SETTINGS: dict[str, list[str]] = {}
+"""Overrides of the recipe, by the name of the setting."""
+
+CORRECTIONS: dict[str, list[str]] = {
+    "none": ["algorithm.correction=none"],
+    "tis": ["algorithm.correction=tis"],
+    "icepop": ["algorithm.correction=icepop"],
+    "icepop 0.5-2": ["algorithm.correction=icepop", "algorithm.icepop_beta=2"],
+    "kpop": ["algorithm.correction=kpop"],
+}
+if "routing_replay" in {field.name for field in dataclasses.fields(AlgorithmConfig)}:
+    CORRECTIONS["replay"] = ["algorithm.correction=none", "algorithm.routing_replay=true"]
+    CORRECTIONS["icepop, replay"] = ["algorithm.correction=icepop", "algorithm.routing_replay=true"]
+
+CURVES = {
+    "accuracy": "eval/sort/accuracy",
+    "reward": "reward/mean",
+    "grad_norm": "train/grad_norm",
+    "difference_mean": "mismatch/logprob_diff_mean",
+    "difference_max": "mismatch/logprob_diff_max",
+    "kl": "mismatch/kl_mean",
+    "ratio_p01": "mismatch/ratio_p01",
+    "ratio_p99": "mismatch/ratio_p99",
+    "entropy": "train/entropy",
+    "staleness": "rollout/staleness_mean",
+    "clipped": "train/clip_fraction",
+    "masked": "{correction}/masked_fraction",
+    "masked_entropy": "{correction}/masked_entropy",
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, default=Path("runs/mismatch"))
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), help="names, or NAME:key=value,key=value")
+    parser.add_argument("--corrections", nargs="+", default=list(CORRECTIONS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--write", action="store_true", help="the results file, the curves and the page's tables")
+    return parser.parse_args()
+
+
+def overrides_of(setting: str) -> tuple[str, list[str]]:
+    """A setting's name and overrides; unnamed ones are written NAME:key=value,key=value."""
+    name, _, given = setting.partition(":")
+    return name, SETTINGS.get(name, []) + [each for each in given.split(",") if each]
+
+
+def asystem(command: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "asystem", command, *overrides, "tracking=none", "tracking.console=false"]
+    return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+
+
+def sft(out: Path, seed: int, device: str) -> None:
+    """The model that the runs of a seed start from: OUT/sft-SEED/model."""
+    folder = out / f"sft-{seed}"
+    if (folder / "model" / "config.json").is_file():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    done = asystem("sft", "recipe=icepop_moe/sft", f"seed={seed}", f"device={device}", f"run_dir={folder}")
+    if done.returncode:
+        raise SystemExit(f"sft of seed {seed} failed: {done.stderr[-2000:]}")
+
+
+def train(args: argparse.Namespace, setting: str, correction: str, seed: int) -> Run:
+    """One run; what it says of itself is read, and its folder removed."""
+    name, overrides = overrides_of(setting)
+    folder = args.out / "-".join(["run", name, correction.replace(" ", ""), str(seed)])
+    shutil.rmtree(folder, ignore_errors=True)
+    started = time.perf_counter()
+    done = asystem(
+        "train", "recipe=icepop_moe", f"model.path={args.out / f'sft-{seed}' / 'model'}", f"seed={seed}",
+        f"steps={args.steps}", f"device={args.device}", f"run_dir={folder}", "tracking.rollouts=false",
+        "tracking.timeline=false", "tracking.report=false", *overrides, *CORRECTIONS[correction],
+    )  # fmt: skip
+    run: Run = {"setting": name, "overrides": overrides, "correction": correction, "seed": seed, "steps": args.steps}
+    run |= {"device": args.device, "seconds": round(time.perf_counter() - started, 1)}
+    run["error"] = None if done.returncode == 0 else done.stderr.strip()[-300:]
+    file = folder / "metrics.jsonl"
+    run["curves"] = curves(file.read_text().splitlines()) if file.is_file() else {}
+    shutil.rmtree(folder, ignore_errors=True)
+    return run
+
+
+def curves(lines: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """By name, the steps at which a metric was told and its values, of four digits."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for metrics in map(json.loads, lines):
+        for name, key in CURVES.items():
+            keys = [key.format(correction=correction) for correction in ("icepop", "kpop")]
+            value = next((metrics[each] for each in keys if metrics.get(each) is not None), None)
+            if value is not None:
+                found.setdefault(name, []).append((metrics["step"], float(f"{value:.4g}")))
+    return found
+
+
+def has_collapsed(run: Run) -> bool:
+    accuracy = [value for _, value in run["curves"].get("accuracy", [])]
+    if run["error"] or not accuracy:
+        return True
+    return sum(accuracy[-2:]) / len(accuracy[-2:]) < max(accuracy) / 2
+
+
+def identity(run: Run) -> tuple[Any, ...]:
+    """What tells runs apart."""
+    return tuple(run[key] for key in ("setting", "correction", "seed", "steps", "device")), tuple(run["overrides"])
+
+
+def load(out: Path) -> list[Run]:
+    file = out / "runs.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def run_all(args: argparse.Namespace) -> None:
+    """Runs what does not stand in OUT/runs.jsonl yet, and appends each as it ends."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    done, lock = {identity(run) for run in load(args.out)}, threading.Lock()
+    asked = [(s, c, n) for n in args.seeds for s in args.settings for c in args.corrections]
+
+    def one(setting: str, correction: str, seed: int) -> None:
+        name, overrides = overrides_of(setting)
+        head = {"setting": name, "overrides": overrides, "correction": correction, "seed": seed}
+        if identity(head | {"steps": args.steps, "device": args.device}) in done:
+            return
+        run = train(args, setting, correction, seed)
+        with lock, (args.out / "runs.jsonl").open("a") as file:
+            file.write(json.dumps(run) + "\n")
+            print(line_of(run), flush=True)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda seed: sft(args.out, seed, args.device), args.seeds))
+        for future in [pool.submit(one, *each) for each in asked]:
+            future.result()
+
+
+def line_of(run: Run) -> str:
+    accuracy = [value for _, value in run["curves"].get("accuracy", [])] or [float("nan")]
+    worst = max((value for _, value in run["curves"].get("grad_norm", [])), default=float("nan"))
+    gap = [value for _, value in run["curves"].get("difference_mean", [])] or [float("nan")]
+    masked = [value for _, value in run["curves"].get("masked", [])] or [0.0]
+    return (
+        f"{run['setting']:24} {run['correction']:13} seed {run['seed']}  accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f}"
+        f" (best {max(accuracy):.3f})  difference {sum(gap) / len(gap):.4f}  masked {sum(masked) / len(masked):.4f}"
+        f"  norm <= {worst:.3g}  {run['seconds']:.0f} s{'  COLLAPSED' * has_collapsed(run)}  {run['error'] or ''}"
+    )
+
+
+def main() -> None:
+    args = parse()
+    run_all(args)
+
+
+if __name__ == "__main__":
+    main()
