@@ -3,10 +3,10 @@
     python benchmarks/mismatch.py --out runs/mismatch [--settings precision both] [--corrections none icepop]
         [--seeds 0 1 2] [--steps 200] [--jobs 2] [--device cpu] [--write]
 
-For each seed a model learns to sort from a careless teacher (`asystem sft recipe=icepop_moe/sft`); each run goes on from
-it by RL (`recipe=icepop_moe`) under one setting and one correction, in a process of one thread. A run that is done stands
-in OUT/runs.jsonl, a line each with its curves, and is not run again. `--write` makes the results file, the curves and the
-tables of docs/mismatch.md of what stands there.
+For each seed a model learns to sort from a careless teacher (`asystem sft recipe=icepop_moe/sft`); each run goes on
+from it by RL (`recipe=icepop_moe`) under one setting and one correction, in a process of one thread. A run that is
+done stands in OUT/runs.jsonl, a line each with its curves, and is not run again. `--write` makes the results file, the
+curves and the tables of docs/mismatch.md of what stands there.
 
 A run has collapsed if it was stopped for NaN gradients, or if its accuracy on held-out prompts at the end (the mean of
 its last two evaluations) is below half of the best that it had.
@@ -176,10 +176,11 @@ def line_of(run: Run) -> str:
     gap = [value for _, value in run["curves"].get("difference_mean", [])] or [float("nan")]
     masked = [value for _, value in run["curves"].get("masked", [])] or [0.0]
     return (
-        f"{run['setting']:24} {run['correction']:13} seed {run['seed']}  accuracy {accuracy[0]:.3f} -> {accuracy[-1]:.3f}"
-        f" (best {max(accuracy):.3f})  difference {sum(gap) / len(gap):.4f}  masked {sum(masked) / len(masked):.4f}"
-        f"  norm <= {worst:.3g}  {run['seconds']:.0f} s{'  COLLAPSED' * has_collapsed(run)}  {run['error'] or ''}"
-    )
+        f"{run['setting']:24} {run['correction']:13} seed {run['seed']}  accuracy {accuracy[0]:.3f} -> "
+        f"{accuracy[-1]:.3f} (best {max(accuracy):.3f})  difference {sum(gap) / len(gap):.4f}  "
+        f"masked {sum(masked) / len(masked):.4f}  norm <= {worst:.3g}  {run['seconds']:.0f} s"
+        f"{'  COLLAPSED' * has_collapsed(run)}  {run['error'] or ''}"
+    ).rstrip()
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Weight-only 8-bit layers for generation: the blocks' matrices in int8 or fp8 (e4m3), a scale a row.
 
-Activations, biases, norms, routers, embedding and head stay in the model's dtype. Scales are numbers of bfloat16, as all 8-bit
-numbers are, so that both enter a product in half precision as they are: a weight is rounded once, when it is quantised.
+Activations, biases, norms, routers, embedding and head stay in the model's dtype. Scales are numbers of bfloat16, as
+all 8-bit numbers are, so that both enter a product in half precision as they are: a weight is rounded once, when it is
+quantised.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class QuantizedExperts(Experts):
         """As `Experts.forward`."""
 
         def widened(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-            scale = self.gate_up_channel_scale if weight is self.gate_up else self.down_channel_scale
-            owner = torch.searchsorted(ends, torch.arange(len(rows), device=ends.device), right=True)
+            scale = self.get_parameter(f"{'gate_up' if weight is self.gate_up else 'down'}_channel_scale")
+            owner = torch.searchsorted(ends, torch.arange(len(rows), device=ends.device, dtype=ends.dtype), right=True)
             return product(rows, weight.to(rows.dtype), ends) * scale.to(rows.dtype).index_select(0, owner)
 
         return super().forward(x, weights, chosen, widened)
@@ -108,7 +109,8 @@ def quantize_rows(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def quantize(model: Decoder, dtype: torch.dtype) -> Decoder:
-    """Replaces the blocks' matrices, experts' among them, by 8-bit ones, in place. The model is in its final dtype: `to` would undo this.
+    """Replaces the blocks' matrices, experts' among them, by 8-bit ones, in place. The model is in its final dtype:
+    `to` would undo this.
 
     Args:
         dtype: int8 or float8_e4m3fn.

@@ -69,5 +69,6 @@ def _owner(model: Decoder, name: str) -> tuple[QuantizedLinear | QuantizedExpert
     """The layer that keeps a matrix in 8 bits, None for what is kept as it is; and its name there."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    kept = isinstance(module, QuantizedExperts) or (isinstance(module, QuantizedLinear) and leaf == "weight")
-    return (module if kept else None), leaf
+    if isinstance(module, QuantizedExperts) or (isinstance(module, QuantizedLinear) and leaf == "weight"):
+        return module, leaf
+    return None, leaf
