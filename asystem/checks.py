@@ -168,6 +168,11 @@ def _combinations(config: Config) -> Iterator[Rule]:
         f"{algorithm.correction} would count it twice; use correction=none or anchor=proximal",
     )
     yield (
+        algorithm.routing_replay and not config.generation.return_routing,
+        "algorithm.routing_replay=true trains with the experts that generation chose, which it does not bring along: "
+        "set generation.return_routing=true",
+    )
+    yield (
         algorithm.surrogate == "reinforce" and config.training.minibatches > 1,
         f"algorithm.surrogate=reinforce has no ratio that tells training.minibatches={config.training.minibatches} "
         "updates of a batch apart; use minibatches=1 or another surrogate",
@@ -273,7 +278,8 @@ def _training(config: Config) -> Iterator[Rule]:
     yield _above("training.clip_norm", training.clip_norm, 0)
     yield _at_least("training.lr_warmup_steps", training.lr_warmup_steps, 0)
     yield _at_least("training.max_bad_steps", training.max_bad_steps, 1)
-    yield _at_least("training.expert_bias_rate", training.expert_bias_rate, 0)
+    for key in ("balance_coefficient", "router_z_coefficient", "expert_bias_rate"):
+        yield _at_least(f"training.{key}", getattr(training, key), 0)
     yield (
         training.expert_bias_rate > 0 and training.lora.rank > 0,
         f"training.expert_bias_rate={training.expert_bias_rate:g} moves weights that training.lora.rank="

@@ -180,6 +180,7 @@ class AlgorithmConfig:
     mis_cap: float = 2.0  # of a response's product of ratios
     geometric_band: tuple[float, float] = (0.99, 1.01)  # of a response's geometric mean ratio
     normalizer: Normalizer = Normalizer.response
+    routing_replay: bool = False  # train with the experts that generation chose; needs generation.return_routing
     kl_coefficient: float = 0.0  # of the KL to the weights that RL started from; 0 = no reference is held
     kl_estimator: KLEstimator = KLEstimator.k3
     entropy_coefficient: float = 0.0  # of the entropy bonus
@@ -256,6 +257,8 @@ class TrainingConfig:
     offload_optimizer: bool = False  # on CUDA: float32 masters and moments in the host's memory; one rank
     recompute: Recompute = Recompute.none  # which activations the backward pass computes anew
     compile: Compile = Compile.auto  # torch.compile of the blocks, attention left out
+    balance_coefficient: float = 0.0  # of the loss that pulls routers towards equal load of experts; 0 = none
+    router_z_coefficient: float = 0.0  # of the loss that keeps routers' logits small; 0 = none
     expert_bias_rate: float = 0.0  # Ling 2.0: each step moves experts' biases by so much to equal load; 0 = frozen
     lora: LoraConfig = field(default_factory=LoraConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)

@@ -15,7 +15,6 @@ its last two evaluations) is below half of the best that it had.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -26,25 +25,24 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-
-from asystem.config import AlgorithmConfig
 
 Run = dict[str, Any]
 
 SETTINGS: dict[str, list[str]] = {}
 """Overrides of the recipe, by the name of the setting."""
 
+REPLAY = ["algorithm.routing_replay=true", "generation.return_routing=true"]
 CORRECTIONS: dict[str, list[str]] = {
     "none": ["algorithm.correction=none"],
     "tis": ["algorithm.correction=tis"],
     "icepop": ["algorithm.correction=icepop"],
     "icepop 0.5-2": ["algorithm.correction=icepop", "algorithm.icepop_beta=2"],
     "kpop": ["algorithm.correction=kpop"],
+    "replay": ["algorithm.correction=none", *REPLAY],
+    "icepop, replay": ["algorithm.correction=icepop", *REPLAY],
 }
-if "routing_replay" in {field.name for field in dataclasses.fields(AlgorithmConfig)}:
-    CORRECTIONS["replay"] = ["algorithm.correction=none", "algorithm.routing_replay=true"]
-    CORRECTIONS["icepop, replay"] = ["algorithm.correction=icepop", "algorithm.routing_replay=true"]
 
 CURVES = {
     "accuracy": "eval/sort/accuracy",
@@ -60,6 +58,7 @@ CURVES = {
     "clipped": "train/clip_fraction",
     "masked": "{correction}/masked_fraction",
     "masked_entropy": "{correction}/masked_entropy",
+    "replaced": "routing/replaced_fraction",
 }
 
 
@@ -112,9 +111,10 @@ def train(args: argparse.Namespace, setting: str, correction: str, seed: int) ->
     )  # fmt: skip
     run: Run = {"setting": name, "overrides": overrides, "correction": correction, "seed": seed, "steps": args.steps}
     run |= {"device": args.device, "seconds": round(time.perf_counter() - started, 1)}
-    run["error"] = None if done.returncode == 0 else done.stderr.strip()[-300:]
-    file = folder / "metrics.jsonl"
-    run["curves"] = curves(file.read_text().splitlines()) if file.is_file() else {}
+    run["stopped"] = done.returncode != 0
+    if run["stopped"] and "NaN or infinite gradient" not in done.stderr:
+        raise SystemExit(f"{folder.name} failed: {done.stderr.strip()[-2000:]}")
+    run["curves"] = curves((folder / "metrics.jsonl").read_text().splitlines())
     shutil.rmtree(folder, ignore_errors=True)
     return run
 
@@ -132,10 +132,13 @@ def curves(lines: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
 
 
 def has_collapsed(run: Run) -> bool:
-    accuracy = [value for _, value in run["curves"].get("accuracy", [])]
-    if run["error"] or not accuracy:
-        return True
-    return sum(accuracy[-2:]) / len(accuracy[-2:]) < max(accuracy) / 2
+    accuracy = values(run, "accuracy")
+    return run["stopped"] or fmean(accuracy[-2:]) < max(accuracy) / 2
+
+
+def values(run: Run, name: str) -> list[float]:
+    """Of a curve; a run without it gives none."""
+    return [value for _, value in run["curves"].get(name, [])]
 
 
 def identity(run: Run) -> tuple[Any, ...]:
@@ -171,16 +174,13 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def line_of(run: Run) -> str:
-    accuracy = [value for _, value in run["curves"].get("accuracy", [])] or [float("nan")]
-    worst = max((value for _, value in run["curves"].get("grad_norm", [])), default=float("nan"))
-    gap = [value for _, value in run["curves"].get("difference_mean", [])] or [float("nan")]
-    masked = [value for _, value in run["curves"].get("masked", [])] or [0.0]
+    accuracy, masked = values(run, "accuracy"), values(run, "masked") or [0.0]
     return (
         f"{run['setting']:24} {run['correction']:13} seed {run['seed']}  accuracy {accuracy[0]:.3f} -> "
-        f"{accuracy[-1]:.3f} (best {max(accuracy):.3f})  difference {sum(gap) / len(gap):.4f}  "
-        f"masked {sum(masked) / len(masked):.4f}  norm <= {worst:.3g}  {run['seconds']:.0f} s"
-        f"{'  COLLAPSED' * has_collapsed(run)}  {run['error'] or ''}"
-    ).rstrip()
+        f"{accuracy[-1]:.3f} (best {max(accuracy):.3f})  difference {fmean(values(run, 'difference_mean')):.4f}  "
+        f"masked {fmean(masked):.4f}  norm <= {max(values(run, 'grad_norm')):.3g}  {run['seconds']:.0f} s"
+        f"{'  NaN' * run['stopped']}{'  COLLAPSED' * has_collapsed(run)}"
+    )
 
 
 def main() -> None:

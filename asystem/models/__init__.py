@@ -5,7 +5,7 @@ from asystem.models.decoder import Attend, Block, Decoder, init_weights
 from asystem.models.frozen import FrozenLinear
 from asystem.models.hf import check_folder, from_hf_state, load_model, save_model, to_hf_state
 from asystem.models.lora import PlainWeight, add_lora, merge, merged_copy, plain_weights, refresh_merged, whole
-from asystem.models.moe import Router
+from asystem.models.moe import Routed, Router
 from asystem.models.moe_spec import MoESpec
 from asystem.models.parallel import Shard, check_parallel
 from asystem.models.peft import adapter_state, check_lora, load_adapter, save_adapter
@@ -27,6 +27,7 @@ __all__ = [
     "PlainWeight",
     "QuantizedLinear",
     "RopeScaling",
+    "Routed",
     "Router",
     "Shard",
     "check_folder",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class TrainEngine:
         if cfg.lora.rank > 0:
             _adapt(model, cfg, seed, self.device)
         self.model = model.to(self.device)
-        self.balance = ExpertBalance(model, cfg.expert_bias_rate)
+        self.balance = ExpertBalance(model, cfg)
         prepare_blocks(model, cfg, self.device)
         self.policy = Policy(model, temperature, entropy_gradient=entropy_gradient, value_head=value_head)
         self.reference: Policy | None = None
@@ -133,6 +133,8 @@ class TrainEngine:
         policy = self.reference if reference else self.policy
         assert policy is not None, "keep_reference comes first"
         policy.eval()  # without dropout, as generation
+        if reference:  # which chooses its own experts, as it did when it was the model
+            micro = [replace(packed, routing=None) for packed in micro]
         results = [policy(packed.to(self.device)) for packed in self._padded(micro)]
         policy.train(not reference)
         if self.world_size > 1:
@@ -157,7 +159,10 @@ class TrainEngine:
         padded = self._padded(micro)
         stats = Stats()
         losses: list[Tensor] = []
+        self.balance.start(sum(len(packed.tokens) for packed in micro), self.world_size)
         for index, packed in enumerate(padded):
+            if index == len(micro):
+                self.balance.mute()
             loss, part = self._forward(packed.to(self.device), loss_fn if index < len(micro) else _idle_loss)
             (loss * self.world_size).backward()  # type: ignore[no-untyped-call]  # FSDP takes the mean over ranks
             self.balance.collect(counted=index < len(micro))
@@ -230,7 +235,7 @@ class TrainEngine:
         lr = self.lr.at(self.steps)
         norm = self.optimizer.step(lr, self.cfg.clip_norm)
         is_bad = not math.isfinite(norm)
-        self.balance.finish(self.optimizer, self.world_size, good=not is_bad)
+        self.balance.finish(self.optimizer, stats, self.world_size, good=not is_bad)
         self.steps += 1
         self.bad_steps = self.bad_steps + 1 if is_bad else 0
         # What is the same on all ranks is told by the first, so that adding ranks up leaves it right.

@@ -42,10 +42,10 @@ class Policy(nn.Module):
         a value head also the values of the states in which the labels were chosen.
 
         The first two are of the tempered distribution that rollouts are sampled from. The entropy has a gradient where
-        ``entropy_gradient`` asks for one.
+        ``entropy_gradient`` asks for one. Experts are those of ``packed.routing``, where that has any.
         """
         attend = PackedAttention(packed.cu_seqlens, packed.max_seqlen)
-        hidden = self.decoder(packed.tokens, packed.positions, attend)
+        hidden = self.decoder(packed.tokens, packed.positions, attend, packed.routing)
         rows = packed.label_rows
         labels = packed.labels.index_select(0, rows)
         hidden = hidden.index_select(0, rows)

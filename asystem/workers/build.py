@@ -143,16 +143,28 @@ def check_model(config: Config) -> tuple[ModelSpec, Tokenizer]:
     Raises:
         ModelError, DataError: as `build_model` and `build_tokenizer` would, later.
         ConfigError: the model cannot be cut over `generation.tensor_parallel` ranks, or kept in `generation.dtype`; or
-            routing or moving biases are asked of one that has none.
+            something is asked of experts that it does not have.
     """
     spec = spec_from_config(config.model) if config.model.path is None else check_folder(config.model.path)[0]
     check_parallel(spec, config.generation.tensor_parallel)
-    if spec.moe is None and config.generation.return_routing:
-        raise ConfigError(f"generation.return_routing=true needs a model with experts; {spec.family} has none")
-    if config.training.expert_bias_rate > 0 and (spec.moe is None or not spec.moe.has_bias):
-        raise ConfigError(
-            f"training.expert_bias_rate={config.training.expert_bias_rate:g} needs experts with biases "
-            f"(bailing_moe_v2); {spec.family} has none: set it to 0"
-        )
+    _check_experts(spec, config)
     check_lora(spec, config.training.lora)
     return spec, build_tokenizer(config, spec.vocab_size)
+
+
+def _check_experts(spec: ModelSpec, config: Config) -> None:
+    training = config.training
+    for key, asked in (
+        ("algorithm.routing_replay", config.algorithm.routing_replay),
+        ("generation.return_routing", config.generation.return_routing),
+        ("training.balance_coefficient", training.balance_coefficient),
+        ("training.router_z_coefficient", training.router_z_coefficient),
+    ):
+        if asked and spec.moe is None:
+            value = "true" if asked is True else f"{asked:g}"
+            raise ConfigError(f"{key}={value} needs a model with experts; {spec.family} has none")
+    if training.expert_bias_rate > 0 and (spec.moe is None or not spec.moe.has_bias):
+        raise ConfigError(
+            f"training.expert_bias_rate={training.expert_bias_rate:g} needs experts with biases "
+            f"(bailing_moe_v2); {spec.family} has none: set it to 0"
+        )

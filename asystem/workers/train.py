@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -134,7 +136,10 @@ class TrainWorker(Worker):
         Raises:
             PublicationError: it is more than `weights.probe_bound`.
         """
-        samples = [Sample(t.prompt_tokens, t.tokens, 0.0, infer_logprobs=t.logprobs) for t in store.get(probe)]
+        samples = [
+            Sample(t.prompt_tokens, t.tokens, 0.0, infer_logprobs=t.logprobs, routing=self._replayed(t))
+            for t in store.get(probe)
+        ]
         micro = pack(samples, self.config.training.micro_batch_tokens)
         pairs = zip(self.trainer.logprobs(micro), micro, strict=True)
         gaps = torch.cat([(ours.cpu() - packed.infer_logprobs)[packed.label_rows].abs() for ours, packed in pairs])
@@ -205,10 +210,15 @@ class TrainWorker(Worker):
                 trajectories[row.rollout].logprobs,
                 trajectories[row.rollout].versions,
                 row.rollout,
+                routing=self._replayed(trajectories[row.rollout]),
             )
             for row, weight in zip(rows, weights, strict=True)
         ]
         return pack(samples, self.config.training.micro_batch_tokens)
+
+    def _replayed(self, trajectory: Trajectory) -> npt.NDArray[np.uint8 | np.int16] | None:
+        """The experts to train it with; None = the model's own choice."""
+        return trajectory.routing if self.config.algorithm.routing_replay else None
 
     def _with_value_loss(
         self, loss: Tensor, stats: Stats, packed: PackedBatch, values: Tensor | None = None

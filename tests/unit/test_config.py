@@ -203,6 +203,8 @@ def changed(config: Config, override: str) -> Config:
         ("generation.kv_tokens=21", "generation.kv_tokens=21 does not hold one sequence"),
         ("generation.memory_fraction=1.5", "generation.memory_fraction=1.5 must lie in (0, 1]"),
         ("training.offload_optimizer=true", "where device=cpu has them already"),
+        ("algorithm.routing_replay=true", "which it does not bring along: set generation.return_routing=true"),
+        ("training.balance_coefficient=-1", "training.balance_coefficient=-1 is below 0"),
         ("training.expert_bias_rate=-1", "training.expert_bias_rate=-1 is below 0"),
         ("training.lora.rank=-1", "training.lora.rank=-1 is below 0"),
         ("training.lora.base=int8", "training.lora.base=int8 keeps matrices that do not train"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from asystem.config import Config
+from asystem.config import Config, ExpertsConfig
 from asystem.data.batch import Batch, BatchRow
 from asystem.errors import DataError, ModelError, PublicationError
 from asystem.models import QuantizedLinear, merge
@@ -161,6 +161,29 @@ def test_hybrid_shares_storage_and_sees_each_update(config: Config, tmp_path: Pa
     assert not torch.equal(worker.engine.model.embed.weight, old)
     assert stats["mismatch/logprob_diff_max"] < 1e-4
     assert stats["train/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_training_replays_the_experts_that_generation_chose(config: Config, tmp_path: Path, updates: int) -> None:
+    config.model.family, config.model.experts = "bailing_moe_v2", ExpertsConfig(8, 2, 16, groups=2)
+    config.generation.return_routing = config.algorithm.routing_replay = True
+    config.training.minibatches = updates  # more than one take log-probabilities from before the first, replayed too
+    worker = HybridWorker(config, tmp_path)
+    ready(worker)
+    requests = [RolloutRequest(i, i, i % 2) for i in range(4)]
+    batch = batch_of(decode(worker, requests))
+    with torch.no_grad():  # the trainer's routers now choose otherwise, and weigh as before
+        worker.trainer.model.get_parameter("layers.0.mlp.router.bias").copy_(torch.linspace(-1, 1, 8))
+    assert asyncio.run(worker.check_probe(batch.rows[0].ref)) < 1e-4
+    stats = asyncio.run(worker.update(batch)).to_dict()
+    assert stats["mismatch/logprob_diff_max"] < 1e-4
+    assert 0.3 < stats["routing/replaced_fraction"] <= 1
+    assert stats["train/expert_load_max"] > 1
+    config.algorithm.routing_replay = False
+    with torch.no_grad():
+        worker.trainer.model.get_parameter("layers.0.mlp.router.bias").copy_(torch.linspace(-1, 1, 8))
+    stats = asyncio.run(worker.update(batch)).to_dict()
+    assert "routing/replaced_fraction" not in stats and stats["mismatch/logprob_diff_max"] > 1e-3
 
 
 @pytest.mark.parametrize("base", ["auto", "int8"])
