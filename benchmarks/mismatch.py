@@ -8,13 +8,14 @@ from it by RL (`recipe=icepop_moe`) under one setting and one correction, in a p
 done stands in OUT/runs.jsonl, a line each with its curves, and is not run again. `--write` makes the results file, the
 curves and the tables of docs/mismatch.md of what stands there.
 
-A run has collapsed if it was stopped for NaN gradients, or if its accuracy on held-out prompts at the end (the mean of
-its last two evaluations) is below half of the best that it had.
+A run has collapsed if it was stopped for NaN gradients, or if its accuracy on held-out prompts in the last quarter of
+its evaluations is below half of the best that it had.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -25,10 +26,10 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
-Run = dict[str, Any]
+import torch
+from mismatch_report import Run, line, read, report
+from record import cpu_name, slug
 
 SETTINGS: dict[str, list[str]] = {}
 """Overrides of the recipe, by the name of the setting."""
@@ -83,8 +84,8 @@ def overrides_of(setting: str) -> tuple[str, list[str]]:
 
 def asystem(command: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "asystem", command, *overrides, "tracking=none", "tracking.console=false"]
-    return subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+    command_line = [sys.executable, "-m", "asystem", command, *overrides, "tracking=none", "tracking.console=false"]
+    return subprocess.run(command_line, capture_output=True, text=True, env=environment, check=False)
 
 
 def sft(out: Path, seed: int, device: str) -> None:
@@ -93,30 +94,31 @@ def sft(out: Path, seed: int, device: str) -> None:
     if (folder / "model" / "config.json").is_file():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    done = asystem("sft", "recipe=icepop_moe/sft", f"seed={seed}", f"device={device}", f"run_dir={folder}")
-    if done.returncode:
-        raise SystemExit(f"sft of seed {seed} failed: {done.stderr[-2000:]}")
+    ended = asystem("sft", "recipe=icepop_moe/sft", f"seed={seed}", f"device={device}", f"run_dir={folder}")
+    if ended.returncode:
+        raise SystemExit(f"sft of seed {seed} failed: {ended.stderr[-2000:]}")
 
 
-def train(args: argparse.Namespace, setting: str, correction: str, seed: int) -> Run:
-    """One run; what it says of itself is read, and its folder removed."""
-    name, overrides = overrides_of(setting)
-    folder = args.out / "-".join(["run", name, correction.replace(" ", ""), str(seed)])
+def train(out: Path, head: Run) -> Run:
+    """One run; what it says of itself is read, and its folder removed.
+
+    Raises:
+        SystemExit: it failed otherwise than by NaN gradients.
+    """
+    folder = out / slug(f"run {head['setting']} {head['correction']} {head['seed']}".replace("η", "staleness"))
     shutil.rmtree(folder, ignore_errors=True)
     started = time.perf_counter()
-    done = asystem(
-        "train", "recipe=icepop_moe", f"model.path={args.out / f'sft-{seed}' / 'model'}", f"seed={seed}",
-        f"steps={args.steps}", f"device={args.device}", f"run_dir={folder}", "tracking.rollouts=false",
-        "tracking.timeline=false", "tracking.report=false", *overrides, *CORRECTIONS[correction],
+    ended = asystem(
+        "train", "recipe=icepop_moe", f"model.path={out}/sft-{head['seed']}/model", f"seed={head['seed']}",
+        f"steps={head['steps']}", f"device={head['device']}", f"run_dir={folder}", "tracking.rollouts=false",
+        "tracking.timeline=false", "tracking.report=false", *head["overrides"], *CORRECTIONS[head["correction"]],
     )  # fmt: skip
-    run: Run = {"setting": name, "overrides": overrides, "correction": correction, "seed": seed, "steps": args.steps}
-    run |= {"device": args.device, "seconds": round(time.perf_counter() - started, 1)}
-    run["stopped"] = done.returncode != 0
-    if run["stopped"] and "NaN or infinite gradient" not in done.stderr:
-        raise SystemExit(f"{folder.name} failed: {done.stderr.strip()[-2000:]}")
-    run["curves"] = curves((folder / "metrics.jsonl").read_text().splitlines())
+    stopped = ended.returncode != 0
+    if stopped and "NaN or infinite gradient" not in ended.stderr:
+        raise SystemExit(f"{folder.name} failed: {ended.stderr.strip()[-2000:]}")
+    found = curves((folder / "metrics.jsonl").read_text().splitlines())
     shutil.rmtree(folder, ignore_errors=True)
-    return run
+    return head | {"seconds": round(time.perf_counter() - started, 1), "stopped": stopped, "curves": found}
 
 
 def curves(lines: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
@@ -131,61 +133,46 @@ def curves(lines: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def has_collapsed(run: Run) -> bool:
-    accuracy = values(run, "accuracy")
-    return run["stopped"] or fmean(accuracy[-2:]) < max(accuracy) / 2
+def asked(args: argparse.Namespace) -> list[Run]:
+    """What tells each run that the command line asks for from others."""
+    runs = []
+    for seed, setting, correction in itertools.product(args.seeds, args.settings, args.corrections):
+        name, overrides = overrides_of(setting)
+        head: Run = {"setting": name, "overrides": overrides, "correction": correction, "seed": seed}
+        runs.append(head | {"steps": args.steps, "device": args.device})
+    return runs
 
 
-def values(run: Run, name: str) -> list[float]:
-    """Of a curve; a run without it gives none."""
-    return [value for _, value in run["curves"].get(name, [])]
-
-
-def identity(run: Run) -> tuple[Any, ...]:
-    """What tells runs apart."""
-    return tuple(run[key] for key in ("setting", "correction", "seed", "steps", "device")), tuple(run["overrides"])
-
-
-def load(out: Path) -> list[Run]:
-    file = out / "runs.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+def done(args: argparse.Namespace) -> list[Run]:
+    """Those of the runs asked for that stand in OUT/runs.jsonl."""
+    wanted = asked(args)
+    return [run for run in read(args.out) if {key: run[key] for key in wanted[0]} in wanted]
 
 
 def run_all(args: argparse.Namespace) -> None:
     """Runs what does not stand in OUT/runs.jsonl yet, and appends each as it ends."""
     args.out.mkdir(parents=True, exist_ok=True)
-    done, lock = {identity(run) for run in load(args.out)}, threading.Lock()
-    asked = [(s, c, n) for n in args.seeds for s in args.settings for c in args.corrections]
+    lock, wanted = threading.Lock(), asked(args)
+    known = [{key: run[key] for key in wanted[0]} for run in done(args)]
 
-    def one(setting: str, correction: str, seed: int) -> None:
-        name, overrides = overrides_of(setting)
-        head = {"setting": name, "overrides": overrides, "correction": correction, "seed": seed}
-        if identity(head | {"steps": args.steps, "device": args.device}) in done:
-            return
-        run = train(args, setting, correction, seed)
+    def one(head: Run) -> None:
+        run = train(args.out, head)
         with lock, (args.out / "runs.jsonl").open("a") as file:
             file.write(json.dumps(run) + "\n")
-            print(line_of(run), flush=True)
+            print(line(run), flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda seed: sft(args.out, seed, args.device), args.seeds))
-        for future in [pool.submit(one, *each) for each in asked]:
+        for future in [pool.submit(one, head) for head in wanted if head not in known]:
             future.result()
-
-
-def line_of(run: Run) -> str:
-    accuracy, masked = values(run, "accuracy"), values(run, "masked") or [0.0]
-    return (
-        f"{run['setting']:24} {run['correction']:13} seed {run['seed']}  accuracy {accuracy[0]:.3f} -> "
-        f"{accuracy[-1]:.3f} (best {max(accuracy):.3f})  difference {fmean(values(run, 'difference_mean')):.4f}  "
-        f"masked {fmean(masked):.4f}  norm <= {max(values(run, 'grad_norm')):.3g}  {run['seconds']:.0f} s"
-        f"{'  NaN' * run['stopped']}{'  COLLAPSED' * has_collapsed(run)}"
-    )
 
 
 def main() -> None:
     args = parse()
     run_all(args)
+    if args.write:
+        device = cpu_name() if args.device == "cpu" else torch.cuda.get_device_name()
+        report(done(args), f"{device}, {args.jobs} runs at a time", args.device, list(CORRECTIONS))
 
 
 if __name__ == "__main__":
