@@ -1,7 +1,7 @@
 """Corrections of the mismatch between training and generation, on a small mixture of experts: which runs collapse?
 
-    python benchmarks/mismatch.py --out runs/mismatch [--settings precision both] [--corrections none icepop]
-        [--seeds 0 1 2] [--steps 200] [--jobs 2] [--device cpu] [--write]
+    python benchmarks/mismatch.py --out runs/mismatch [--settings "int8, η 8"] [--corrections none icepop]
+        [--seeds 0 1 2] [--steps 150] [--jobs 2] [--device cpu] [--write]
 
 For each seed a model learns to sort from a careless teacher (`asystem sft recipe=icepop_moe/sft`); each run goes on
 from it by RL (`recipe=icepop_moe`) under one setting and one correction, in a process of one thread. A run that is
@@ -31,8 +31,17 @@ import torch
 from mismatch_report import Run, line, read, report
 from record import cpu_name, slug
 
-SETTINGS: dict[str, list[str]] = {}
-"""Overrides of the recipe, by the name of the setting."""
+SETTINGS = {
+    "int8, η 8": ["generation.dtype=int8", "rollout.max_staleness=8"],
+    "float32, η 8": ["generation.dtype=float32", "rollout.max_staleness=8"],
+    "fp8, η 0": ["generation.dtype=fp8", "rollout.max_staleness=0"],
+    "bfloat16, η 8": ["generation.dtype=bfloat16", "training.dtype=float32", "rollout.max_staleness=8"],
+    "bfloat16, η 0": ["generation.dtype=bfloat16", "training.dtype=float32", "rollout.max_staleness=0"],
+}
+"""Overrides of the recipe: what generation computes in, and how many versions old its weights may be."""
+
+DEVICES = {"cpu": ["int8, η 8", "float32, η 8", "fp8, η 0"], "cuda": ["bfloat16, η 8", "bfloat16, η 0"]}
+"""The settings of each device's study; bfloat16 products have no fast path on most CPUs."""
 
 REPLAY = ["algorithm.routing_replay=true", "generation.return_routing=true"]
 CORRECTIONS: dict[str, list[str]] = {
@@ -66,14 +75,16 @@ CURVES = {
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("runs/mismatch"))
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), help="names, or NAME:key=value,key=value")
+    parser.add_argument("--settings", nargs="+", help="names, or NAME:key=value,key=value; default: the device's")
     parser.add_argument("--corrections", nargs="+", default=list(CORRECTIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--write", action="store_true", help="the results file, the curves and the page's tables")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.settings = args.settings or DEVICES[args.device]
+    return args
 
 
 def overrides_of(setting: str) -> tuple[str, list[str]]:
@@ -85,6 +96,7 @@ def overrides_of(setting: str) -> tuple[str, list[str]]:
 def asystem(command: str, *overrides: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     command_line = [sys.executable, "-m", "asystem", command, *overrides, "tracking=none", "tracking.console=false"]
+    command_line += ["training.compile=never"]  # it takes longer than such a run
     return subprocess.run(command_line, capture_output=True, text=True, env=environment, check=False)
 
 
