@@ -12,6 +12,7 @@ from curves import Curve, plot, table, write_table
 from record import FOLDER, Row, row, show, slug, write
 
 Run = dict[str, Any]
+MARKED = ("int8, η 8", "bfloat16, η 8")  # here uncorrected runs should all collapse, and none with IcePop
 PANELS = {
     "held-out accuracy": "accuracy",
     "gradient norm": "grad_norm",
@@ -64,11 +65,11 @@ def mean(runs: Sequence[Run], name: str, of: Callable[[Sequence[float]], float] 
 def result_rows(setting: str, correction: str, runs: Sequence[Run]) -> list[Row]:
     """Figures of all seeds of one setting and correction."""
     head, seeds = f"{setting}, {correction}", len(runs)
-    mark = float(seeds) if correction == "none" else 0.0
-    collapsed = sum(map(has_collapsed, runs))
+    marks = {"none": float(seeds), "icepop": 0.0} if setting in MARKED else {}
+    collapsed, better = sum(map(has_collapsed, runs)), "higher" if marks and correction == "none" else "lower"
     each = ", ".join(f"{last(values(run, 'accuracy')):.3f}" for run in runs)
     rows = [
-        row(f"{head}: collapsed runs", collapsed, f"of {seeds}", mark=_mark(setting, correction, mark), better="lower"),
+        row(f"{head}: collapsed runs", collapsed, f"of {seeds}", mark=marks.get(correction), better=better),
         row(f"{head}: accuracy, last quarter", mean(runs, "accuracy", last), "share", note=f"seeds: {each}"),
     ]
     for label, name, unit, of in (
@@ -78,6 +79,8 @@ def result_rows(setting: str, correction: str, runs: Sequence[Run]) -> list[Row]
         ("gradient norm, largest", "grad_norm", "1", max),
         ("log-prob difference, mean", "difference_mean", "nats", fmean),
         ("log-prob difference, largest", "difference_max", "nats", max),
+        ("p_train / p_infer, percentile 1", "ratio_p01", "1", fmean),
+        ("p_train / p_infer, percentile 99", "ratio_p99", "1", fmean),
         ("masked fraction", "masked", "share", fmean),
         ("entropy of masked tokens", "masked_entropy", "nats", fmean),
         ("entropy of all tokens", "entropy", "nats", fmean),
@@ -85,17 +88,9 @@ def result_rows(setting: str, correction: str, runs: Sequence[Run]) -> list[Row]
         ("staleness, mean", "staleness", "versions", fmean),
     ):
         if (value := mean(runs, name, of)) is not None:
-            better = "higher" if name in ("accuracy", "reward") else "lower"
+            better = "higher" if name in ("accuracy", "reward", "ratio_p01") else "lower"
             rows.append(row(f"{head}: {label}", value, unit, better=better))
     return rows
-
-
-def _mark(setting: str, correction: str, mark: float) -> float | None:
-    return mark if correction in ("none", "icepop") and setting == MARKED else None
-
-
-MARKED = "int8, η 8"
-"""The setting in which every uncorrected run should collapse and no run with IcePop."""
 
 
 def setting_table(corrections: dict[str, list[Run]]) -> str:
