@@ -32,6 +32,12 @@ def test_each_recipe_composes(recipe: str) -> None:
     assert Path(config.recipe_dir, "config.yaml").is_file()
 
 
+def test_a_recipe_may_lie_in_the_folder_of_another() -> None:
+    config = load_config(["recipe=icepop_moe/sft"])
+    assert (config.recipe, config.data.task) == ("sft", "../task.py")
+    assert Path(config.recipe_dir, "../task.py").resolve() == shipped("recipes").resolve() / "icepop_moe" / "task.py"
+
+
 @pytest.mark.parametrize("options", TOGETHER)
 def test_each_option_composes(options: tuple[str | None, ...]) -> None:
     """Those of different groups at once, for composing takes a fifth of a second."""
