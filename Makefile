@@ -1,10 +1,10 @@
-# make quickstart | test | check | clean | bench-algorithms.  PYTHON chooses the interpreter (3.11 to 3.13); all else goes into .venv.
+# make quickstart | test | check | bench-algorithms | clean.  PYTHON chooses the interpreter (3.11 to 3.13); all else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test unit check clean bench-algorithms
+.PHONY: quickstart test unit check clean bench-algorithms bench-mismatch
 
 quickstart: .venv/.installed
 	$(BIN)/asystem train recipe=quickstart
@@ -24,9 +24,10 @@ check: .venv/.dev
 	$(BIN)/ruff format --check asystem tests recipes benchmarks
 	$(BIN)/mypy
 
-# The studies of algorithms on a CPU: under half an hour on two idle cores. What was run before is not run again.
-bench-algorithms: export OMP_NUM_THREADS = 1
-bench-algorithms: .venv/.dev
+# Studies on two CPU cores: they rewrite benchmarks/results and the tables of docs/.
+bench-algorithms: bench-mismatch
+
+bench-mismatch: .venv/.dev
 	$(BIN)/python benchmarks/mismatch.py --out runs/mismatch --jobs 2 --write
 
 clean:
