@@ -1,10 +1,10 @@
-# make quickstart | test | check | bench-schedules | clean.  PYTHON chooses the interpreter (3.11 to 3.13); all else goes into .venv.
+# make quickstart | test | check | bench-algorithms | clean.  PYTHON chooses the interpreter (3.11 to 3.13); all else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test unit check clean bench-algorithms bench-schedules
+.PHONY: quickstart test unit check clean bench-algorithms bench-schedules bench-mismatch
 
 quickstart: .venv/.installed
 	$(BIN)/asystem train recipe=quickstart
@@ -25,13 +25,16 @@ check: .venv/.dev
 	$(BIN)/mypy
 
 # Studies on two CPU cores: they rewrite benchmarks/results and the tables of docs/.
-bench-algorithms: bench-schedules
+bench-algorithms: bench-schedules bench-mismatch
 
 bench-schedules: .venv/.dev
 	rm -rf runs/schedules
 	$(BIN)/python benchmarks/schedules.py --part floor
 	$(BIN)/python benchmarks/schedules.py --part speed
 	$(BIN)/python benchmarks/schedules.py --part learning --jobs 2
+
+bench-mismatch: .venv/.dev
+	$(BIN)/python benchmarks/mismatch.py --out runs/mismatch --jobs 2 --write
 
 clean:
 	rm -rf .venv build dist *.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis

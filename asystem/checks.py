@@ -485,7 +485,6 @@ def _precision(config: Config) -> Iterator[Rule]:
         f"generation.dtype={dtype} needs weights of its own, and placement=hybrid shares them with training: "
         "use placement=split or generation.dtype=auto",
     )
-    yield dtype == "fp8" and config.device == "cpu", "generation.dtype=fp8 needs a GPU, and device=cpu: use int8"
 
 
 def _others(config: Config) -> Iterator[Rule]:

@@ -12,7 +12,7 @@ import torch
 
 from asystem.config import Config, ExpertsConfig
 from asystem.data.batch import Batch, BatchRow
-from asystem.errors import ConfigError, DataError, ModelError, PublicationError
+from asystem.errors import DataError, ModelError, PublicationError
 from asystem.models import QuantizedLinear, merge
 from asystem.rollout import drawn_length
 from asystem.spmd import store
@@ -155,8 +155,9 @@ def test_8_bit_weights_are_quantised_at_the_start_and_when_weights_come(config: 
     assert torch.equal(linear.weight, want.weight) and not torch.equal(linear.weight, before)
     assert len(decode(generator, [RolloutRequest(i, 0, 0) for i in range(4)])) == 4
     config.generation.dtype = "fp8"
-    with pytest.raises(ConfigError, match="fp8 needs a GPU, and this is the CPU: use int8"):
-        ready(GenerateWorker(config))
+    ready(coarser := GenerateWorker(config))
+    linear = coarser.engine.model.get_submodule("layers.0.mlp.down_proj")
+    assert isinstance(linear, QuantizedLinear) and linear.weight.dtype is torch.float8_e4m3fn
 
 
 def test_hybrid_shares_storage_and_sees_each_update(config: Config, tmp_path: Path) -> None:
