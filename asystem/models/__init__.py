@@ -4,7 +4,16 @@ from asystem.models.attention import PackedAttention
 from asystem.models.decoder import Attend, Block, Decoder, init_weights
 from asystem.models.frozen import FrozenLinear
 from asystem.models.hf import check_folder, from_hf_state, load_model, save_model, to_hf_state
-from asystem.models.lora import PlainWeight, add_lora, merge, merged_copy, plain_weights, refresh_merged, whole
+from asystem.models.lora import (
+    LoraLinear,
+    PlainWeight,
+    add_lora,
+    merge,
+    merged_copy,
+    plain_weights,
+    refresh_merged,
+    whole,
+)
 from asystem.models.moe import Router
 from asystem.models.moe_spec import MoESpec
 from asystem.models.parallel import Shard, check_parallel
@@ -21,6 +30,7 @@ __all__ = [
     "Decoder",
     "MoESpec",
     "FrozenLinear",
+    "LoraLinear",
     "ModelSpec",
     "PackedAttention",
     "Piece",

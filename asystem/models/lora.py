@@ -63,6 +63,8 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def reset(self, seed: int) -> None:
         """A uniform in ±1/sqrt(in), as PEFT draws it, and B = 0. Equal seeds and names give equal adapters."""
+        if self.lora_A.is_meta:  # a shape to plan with
+            return
         self.lora_B.zero_()
         bound = self.base.in_features**-0.5
         for part, a, _ in self.adapters():

@@ -28,7 +28,7 @@ from torch import nn
 
 from asystem.config import Compile, Master, Optimizer, Recompute, TrainingConfig
 from asystem.errors import CapacityError
-from asystem.models import Decoder, FrozenLinear, ModelSpec, add_lora
+from asystem.models import Decoder, FrozenLinear, LoraLinear, ModelSpec, add_lora
 from asystem.training.head import chunk_rows
 from asystem.training.offload import PLACES
 from asystem.training.optimizer import PIECE
@@ -90,11 +90,21 @@ def free_memory(device: torch.device) -> int | None:
     return max(0, min(free + reserved - allocated, limit - allocated))
 
 
+def shapes(spec: ModelSpec, cfg: TrainingConfig) -> Decoder:
+    """The model that trains, on the meta device."""
+    with torch.device("meta"):
+        model = Decoder(spec)
+        if cfg.lora.rank > 0:
+            add_lora(model, cfg.lora)
+    return model
+
+
 class TrainingPlan:
     """Plans micro-batches of any size for a `TrainEngine` with these arguments.
 
     Args:
         device: cuda, or cpu, which offloads nothing, and whose attention and norms keep more than is counted here.
+        model: with adapters, on the meta device; None = made here.
     """
 
     def __init__(
@@ -105,15 +115,13 @@ class TrainingPlan:
         dtype: torch.dtype,
         ranks: int = 1,
         device: str = "cuda",
+        model: Decoder | None = None,
     ) -> None:
         self.spec, self.cfg, self.dtype, self.ranks = spec, cfg, dtype, ranks
         self.offloads = cfg.offload_optimizer and device == "cuda"
         self.compiled = cfg.compile is Compile.always or (cfg.compile is Compile.auto and device == "cuda")
         self.stochastic = cfg.master is Master.bfloat16_stochastic
-        with torch.device("meta"):
-            self.model = Decoder(spec)
-            if cfg.lora.rank > 0:
-                add_lora(self.model, cfg.lora)
+        self.model = shapes(spec, cfg) if model is None else model
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
 
     def of(self, tokens: int) -> TrainMemory:
@@ -131,6 +139,11 @@ class TrainingPlan:
             update=self._update(),
             tokens=tokens,
         )
+
+    @property
+    def adapted(self) -> int:
+        """Numbers of the matrices that have adapters."""
+        return sum(m.base.in_features * m.base.out_features for m in self.model.modules() if isinstance(m, LoraLinear))
 
     def largest(self, capacity: int, below: int) -> int:
         """The most tokens under ``below``, a multiple of 64, that fit into so many bytes; 0 = none."""
