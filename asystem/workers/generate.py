@@ -84,7 +84,7 @@ class GenerateWorker(Worker):
         """Forgets purged rollouts and frees their KV blocks."""
         self.engine.drop(rollouts)
 
-    @remote(Dispatch.SPLIT, Collect.CONCAT)
+    @remote(Dispatch.SHARE, Collect.CONCAT)
     async def evaluate(self, rows: Sequence[int]) -> list[FinishedRollout]:
         """Answers held-out prompts under the present weights; rollouts in flight keep their KV and wait."""
         sampling = replace(self.sampling, temperature=self.config.evaluation.temperature, top_k=0, top_p=1.0)

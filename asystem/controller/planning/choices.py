@@ -88,13 +88,14 @@ class Estimator:
         self._model = shapes(spec, config.training)
         self.training = cache(self._training)
         self.generation = cache(self._generation)
+        self._step = cache(lambda *plan_and_micro: self.training(*plan_and_micro[:3]).of(plan_and_micro[3]))
 
     def training_config(self, recompute: Recompute, offload: bool) -> TrainingConfig:
         return replace(self.config.training, recompute=recompute, offload_optimizer=offload)
 
     def train(self, choice: Choice) -> TrainMemory:
         """Of the choice's training alone."""
-        return self.training(choice.training_ranks, choice.recompute, choice.offload).of(choice.micro)
+        return self._step(choice.training_ranks, choice.recompute, choice.offload, choice.micro)
 
     def of(self, choice: Choice) -> Estimate:
         """Of all phases."""
