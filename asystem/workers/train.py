@@ -37,6 +37,9 @@ class TrainWorker(Worker):
     async def setup(self) -> None:
         self.start_training(build_trained(self.config, pick_device(self.config)))
 
+    def begin_training(self) -> None:
+        """Called before whatever needs states or room for passes: a hybrid worker wakes them."""
+
     def start_training(self, model: Decoder) -> None:
         """Builds the engine around a model, which a hybrid worker shares with generation."""
         config, device = self.config, pick_device(self.config)
@@ -69,6 +72,7 @@ class TrainWorker(Worker):
     @remote(Dispatch.SPLIT, Collect.SUM)
     async def update(self, batch: Batch) -> Stats:
         """One pass over a batch, in `training.minibatches` optimizer steps of whole groups; metrics of all ranks."""
+        self.begin_training()
         trajectories = _fetch(batch.rows)
         count = self.config.training.minibatches
         parts = [[row for row in batch.rows if row.group % count == part] for part in range(count)]
@@ -92,6 +96,7 @@ class TrainWorker(Worker):
     @remote(Dispatch.BROADCAST, Collect.SUM)
     async def warm_up(self, steps: int) -> Stats:
         """Supervised steps on demonstrations; the last of them leaves fresh moments for reinforcement learning."""
+        self.begin_training()
         warmup = self.config.training.warmup
         if self._warm_ups == 0:
             self.trainer.start_phase(warmup.lr, Schedule.constant, min(20, warmup.steps), warmup.steps)
@@ -134,6 +139,7 @@ class TrainWorker(Worker):
         Raises:
             PublicationError: it is more than `weights.probe_bound`.
         """
+        self.begin_training()
         samples = [Sample(t.prompt_tokens, t.tokens, 0.0, infer_logprobs=t.logprobs) for t in store.get(probe)]
         micro = pack(samples, self.config.training.micro_batch_tokens)
         pairs = zip(self.trainer.logprobs(micro), micro, strict=True)
@@ -156,6 +162,7 @@ class TrainWorker(Worker):
 
         Adapters are also written as a PEFT folder, the run's `adapter/`.
         """
+        self.begin_training()
         if self._writer is not None:
             self._writer.flush()
         self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)

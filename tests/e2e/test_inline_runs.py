@@ -65,6 +65,18 @@ def test_hybrid_placement_gives_the_metrics_of_split_in_lockstep(run: Run) -> No
         assert {k: v for k, v in a.items() if not is_timing(k)} == {k: v for k, v in b.items() if not is_timing(k)}
 
 
+def test_phases_that_sleep_change_nothing(run: Run) -> None:
+    """Unfinished rollouts keep their KV over the updates, which come between their tokens."""
+    adapted = ("training.lora.rank=4", "algorithm.kl_coefficient=0.1", "training.warmup.steps=2")
+    overrides = ("placement=hybrid", "weights.probe_every=2", "rollout.token_budget=64", "steps=3", *adapted)
+    awake, asleep = (metrics(run(*overrides, f"placement.sleep={sleep}")[0]) for sleep in ("never", "always"))
+    for a, b in zip(awake, asleep, strict=True):
+        kept = {k: v for k, v in b.items() if not is_timing(k)}
+        assert {k: v for k, v in a.items() if not is_timing(k)} == kept
+    assert any(row["rollout/carried"] > 0 for row in asleep[1:]), "else there was no KV to keep"
+    assert asleep[-1]["memory/moved_gib"] > 0
+
+
 def test_several_updates_a_batch_clip_against_the_first_weights(run: Run) -> None:
     run_dir, _ = run("training.minibatches=2", "steps=3")
     rows = metrics(run_dir)[1:]

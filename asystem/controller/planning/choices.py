@@ -113,7 +113,7 @@ class Estimator:
             phases[name]["kv"] = max(blocks, least) * plan.block
         phases = {name: {role: size for role, size in roles.items() if size} for name, roles in phases.items()}
         states = train.masters + train.moments
-        moving = states + (self._copy(choice) if choice.sleep else 0)
+        moving = states + self._copy(choice) + sum(self._reference(train).values())
         tokens = blocks * self.config.generation.block_size
         return Estimate(phases, tokens, moving if choice.sleep else 0, states, short)
 
@@ -122,9 +122,9 @@ class Estimator:
         return self.training(1, Recompute.none, False).adapted
 
     def _hybrid(self, choice: Choice, train: TrainMemory, plan: GenerationPlan) -> dict[str, dict[str, int]]:
-        common = {"weights": train.weights, "context": self._context(choice)} | self._reference(train)
+        common = {"weights": train.weights, "context": self._context(choice)}
         copy, held = self._copy(choice), plan.workspace - plan.passing
-        states = {"masters": train.masters, "moments": train.moments}
+        states = {"masters": train.masters, "moments": train.moments} | self._reference(train)
         copied = {"decoding weights": copy}
         asleep = choice.sleep
         merging = self._largest(choice) if copy else 0

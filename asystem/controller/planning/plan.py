@@ -262,8 +262,8 @@ def _nothing_fits(
     parts = ", ".join(f"{role} {amount / GIB:.2f}" for role, amount in roles if amount > GIB // 100)
     micro, recompute = nearest.choice.micro, nearest.choice.recompute.name
     return (
-        f"nothing fits on {machine}: the nearest, {nearest.choice.layout} with recompute={recompute} and {micro} tokens "
-        f"a micro-batch, needs {size / GIB:.2f} GiB in {phase} ({parts}), and generation.memory_fraction="
+        f"nothing fits on {machine}: the nearest, {nearest.choice.layout} with recompute={recompute} and {micro} "
+        f"tokens a micro-batch, needs {size / GIB:.2f} GiB in {phase} ({parts}), and generation.memory_fraction="
         f"{config.generation.memory_fraction:g} allows {estimator.limit / GIB:.2f}: "
         f"{_remedy(config, spec, machine, work, pinned)}"
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from asystem.config import LORA_TARGETS, LoraConfig
 from asystem.errors import ModelError
-from asystem.models import Decoder, ModelSpec, PackedAttention, add_lora, init_weights, merge, decoding_copy
+from asystem.models import Decoder, ModelSpec, PackedAttention, add_lora, decoding_copy, init_weights, merge
 from asystem.models.lora import LoraLinear, refresh_copy
 
 SPEC = ModelSpec("qwen2", 23, 16, 24, 2, 4, 2, 4, qkv_bias=True, tie_embeddings=True)
