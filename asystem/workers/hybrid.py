@@ -20,7 +20,7 @@ from torch import Tensor
 from asystem.config import Config, Sleep
 from asystem.data.batch import Batch
 from asystem.memory import GIB, AMem, MappedRegion, Moved, can_map
-from asystem.models import decoding_copy, refresh_copy
+from asystem.models import Decoder, decoding_copy, refresh_copy
 from asystem.spmd import Collect, Dispatch, remote
 from asystem.state import WeightPayload
 from asystem.stats import Stats
@@ -48,9 +48,12 @@ class HybridWorker(TrainWorker, GenerateWorker):
         self._moved = Moved()  # since the last update
         self._stamped: int | None = None  # the version that the engine knows of already
 
+    def build(self) -> Decoder:
+        """The model that both share, as training starts with it."""
+        return build_trained(self.config, pick_device(self.config))
+
     async def setup(self) -> None:
-        device = pick_device(self.config)
-        model = build_trained(self.config, device)
+        device, model = pick_device(self.config), self.build()
         self.start_training(model)  # first: it brings the shared weights into the dtype that both compute in
         copy = decoding_copy(model, pick_dtype(self.config.generation.dtype, device))
         if self.config.placement.sleep is not Sleep.always:

@@ -60,20 +60,28 @@ class Plan:
 
 
 def make_plan(
-    config: Config, spec: ModelSpec, machine: Machine, work: Workload | None = None, *, pinned: bool = False
+    config: Config,
+    spec: ModelSpec,
+    machine: Machine,
+    work: Workload | None = None,
+    *,
+    pinned: bool = False,
+    only: PlacementKind | None = None,
 ) -> Plan:
     """The plan of a run.
 
     Args:
         work: of a step; None = what the recipe asks for at its longest.
         pinned: placement, ranks and training stay as configured; only sleep and the pool are chosen.
+        only: the placement to choose in; None = all.
 
     Raises:
         CapacityError: nothing fits: with the numbers of what came nearest, and what would.
     """
     work = work or Workload.of(config)
     estimator = Estimator(config, spec, machine)
-    found = [_candidate(estimator, choice, work) for choice in _choices(config, machine, work, pinned)]
+    choices = [c for c in _choices(config, machine, work, pinned) if only in (None, c.placement)]
+    found = [_candidate(estimator, choice, work) for choice in choices]
     fitting = [candidate for candidate in found if candidate.fits]
     if not fitting:
         raise CapacityError(_nothing_fits(config, spec, machine, work, estimator, found, pinned))
