@@ -38,19 +38,23 @@ def test_states_leave_the_card_and_come_back_bit_for_bit() -> None:
 
 
 def test_what_comes_takes_the_room_of_what_leaves() -> None:
-    memory = AMem(cuda())
-    size = torch.cuda.mem_get_info()[0] // 10 * 6  # two of them do not fit
-    size = min(size, 20 << 30) // 4
+    """Under a limit that has no room for both."""
+    memory, size = AMem(cuda()), 256 << 20
     torch.cuda.empty_cache()
-    first = torch.full((size // 4,), 1.0, device=cuda())
-    memory.add("first", [first])
-    memory.enter([])
-    second = torch.full((size // 4,), 2.0, device=cuda())
-    memory.add("second", [second])
-    memory.enter(["first"])
-    assert float(first[::1000].sum()) == len(first[::1000]) and memory.held()["second"] == 0
-    memory.enter(["second"])
-    assert float(second[::1000].sum()) == 2 * len(second[::1000]) and memory.held()["first"] == 0
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + size * 3 // 2) / total)
+    try:
+        first = torch.full((size // 4,), 1.0, device=cuda())
+        memory.add("first", [first])
+        memory.enter([])
+        second = torch.full((size // 4,), 2.0, device=cuda())
+        memory.add("second", [second])
+        memory.enter(["first"])
+        assert float(first[::1000].sum()) == len(first[::1000]) and memory.held() == {"first": size, "second": 0}
+        memory.enter(["second"])
+        assert float(second[::1000].sum()) == 2 * len(second[::1000]) and memory.held()["first"] == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @needs_mapping
@@ -111,7 +115,8 @@ def _tokens(*, sleeps: bool, mapped: bool) -> tuple[dict[int, list[int]], bool]:
     if sleeps:
         assert engine.rest(), "unfinished rollouts need their KV"
         assert memory.enter([]).slept > 0
-        spacers.append(torch.empty(1 << 20, device=cuda()))  # so that the allocator has another place for the pool
+        # What would else be given to the pool again.
+        spacers.append(torch.empty(engine.cache.num_bytes, dtype=torch.uint8, device=cuda()))
         memory.enter(["kv"])
     finished += engine.decode().finished
     kept = all(engine.runner._graphs.get(key) is graph for key, graph in graphs.items())  # type: ignore[attr-defined]
