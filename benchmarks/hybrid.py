@@ -34,7 +34,7 @@ from torch import Tensor
 from asystem.config import Config, PlacementKind, RuntimeKind, Sleep
 from asystem.controller.planning import Plan, Workload, make_plan, settings
 from asystem.data.batch import Batch, BatchRow
-from asystem.memory import GIB, AMem, MappedRegion, can_map, machine_of, this_machine
+from asystem.memory import GIB, AMem, MappedRegion, can_map, this_machine
 from asystem.models import Decoder, init_weights, spec_from_config
 from asystem.types import FinishedRollout, RolloutRequest
 from asystem.workers import HybridWorker, TrainWorker
@@ -118,8 +118,7 @@ def config_of(case: Case, args: argparse.Namespace, folder: Path) -> Config:
 def planned(config: Config, case: Case, args: argparse.Namespace) -> Plan:
     machine = this_machine(args.device)
     if case.cap is not None and machine.is_gpu:
-        capped = machine_of(1, case.cap).card
-        machine = replace(machine, card=replace(capped, memory=int(case.cap * GIB)))
+        machine = replace(machine, card=replace(machine.card, memory=int(case.cap * GIB)))
         total = torch.cuda.mem_get_info()[1]
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.cap * GIB / total))
     machine = replace(machine, devices=1)

@@ -1,4 +1,4 @@
-"""Hybrid placement on two ranks: shards that train, whole copies that decode."""
+"""Hybrid placement on two ranks: shards that train, whole copies that decode, and each asleep while the other works."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from asystem.tracking import is_timing
 from asystem.tracking.rollouts import read_rollouts
 
 LOCKSTEP = ("rollout=sync", "rollout.capacity=64", "training.warmup.steps=2", "placement=hybrid")
-TWO = ("runtime=ray", "training.ranks=2", "generation.ranks=2", "weights.probe_every=2")
+TWO = ("runtime=ray", "training.ranks=2", "generation.ranks=2", "weights.probe_every=2", "placement.sleep=always")
 
 
 def test_two_hybrid_ranks_learn_what_one_does(run: Run) -> None:

@@ -123,6 +123,7 @@ class Estimator:
 
     def _hybrid(self, choice: Choice, train: TrainMemory, plan: GenerationPlan) -> dict[str, dict[str, int]]:
         common = {"weights": train.weights, "context": self._context(choice)}
+        places = {"gathered": train.gathered} if choice.offload else {}  # those of offloaded states stay
         copy, held = self._copy(choice), plan.workspace - plan.passing
         states = {"masters": train.masters, "moments": train.moments} | self._reference(train)
         copied = {"decoding weights": copy}
@@ -131,9 +132,9 @@ class Estimator:
         training = common | states | ({} if asleep else copied) | _passes(train)
         training["workspace"] = training.get("workspace", 0) + held
         return {
-            "generation": common | copied | ({} if asleep else states) | {"workspace": plan.workspace},
+            "generation": common | places | copied | ({} if asleep else states) | {"workspace": plan.workspace},
             "training": training,
-            "publication": common | copied | ({} if asleep else states) | {"workspace": held + merging},
+            "publication": common | places | copied | ({} if asleep else states) | {"workspace": held + merging},
         }
 
     def _split(
@@ -145,6 +146,7 @@ class Estimator:
         generation = context | {"decoding weights": plan.weights, "workspace": plan.workspace}
         if together:
             resting = plan.workspace - plan.passing
+            states |= {"gathered": train.gathered} if choice.offload else {}
             training = _added(training, context | {"decoding weights": plan.weights, "workspace": resting})
             generation = _added(generation, context | states | self._reference(train))
         return {"generation": generation, "training": training, "publication": dict(generation)}
