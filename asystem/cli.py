@@ -108,7 +108,7 @@ def _with_hydra(command: str, arguments: list[str]) -> None:
         load_config(args.overrides)
         args.overrides = complete_overrides(args.overrides)
     if "COMP_LINE" in os.environ:  # Hydra completes what follows the program's name, which for it is `asystem train`
-        os.environ["COMP_LINE"] = re.sub(r" (train|sft|dpo) ", " ", os.environ["COMP_LINE"], count=1)
+        os.environ["COMP_LINE"] = re.sub(r" (train|sft|dpo|plan) ", " ", os.environ["COMP_LINE"], count=1)
     sys.argv = ["asystem", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, instead of a traceback to the screen
     try:
