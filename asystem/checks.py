@@ -420,6 +420,7 @@ def _lora(config: Config) -> Iterator[Rule]:
 
 def _placement(config: Config) -> Iterator[Rule]:
     inline, hybrid = config.runtime.kind.value == "inline", config.placement.kind.value == "hybrid"
+    auto = config.placement.kind.value == "auto"
     for section in ("training", "generation", "reward"):
         yield _at_least(f"{section}.ranks", getattr(config, section).ranks, 1)
     ranks, parallel = config.generation.ranks, config.generation.tensor_parallel
@@ -438,9 +439,19 @@ def _placement(config: Config) -> Iterator[Rule]:
         f"training.ranks={config.training.ranks} needs a process for each rank: use runtime=ray, or training.ranks=1",
     )
     yield (
-        hybrid and (config.training.ranks > 1 or config.generation.ranks > 1),
-        f"placement=hybrid with training.ranks={config.training.ranks} and generation.ranks={config.generation.ranks}: "
-        "hybrid placement runs on one rank so far; use placement=split",
+        hybrid and (config.training.ranks != config.generation.ranks or parallel > 1),
+        f"placement=hybrid with training.ranks={config.training.ranks}, generation.ranks={ranks} and "
+        f"generation.tensor_parallel={parallel}: each of its ranks trains and generates by itself; set both ranks to "
+        "one number and tensor_parallel=1, or use placement=split",
+    )
+    yield (
+        auto and config.command.value != "train",
+        f"placement=auto is for asystem train; asystem {config.command.value} has one group of workers: leave it out",
+    )
+    yield (
+        config.placement.sleep.value == "always" and not (hybrid or auto),
+        "placement.sleep=always has phases take turns in one process, and placement=split has two: use "
+        "placement=hybrid, or sleep=auto",
     )
 
 

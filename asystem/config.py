@@ -22,6 +22,15 @@ class RuntimeKind(Enum):
 class PlacementKind(Enum):
     split = "split"  # generation and training own different devices
     hybrid = "hybrid"  # each worker holds both over one copy of the weights
+    auto = "auto"  # what `asystem plan` would choose, with its ranks and sizes
+
+
+class Sleep(Enum):
+    """Whether a hybrid worker's phases take turns in the GPU's memory."""
+
+    auto = "auto"  # where both do not fit together
+    never = "never"
+    always = "always"
 
 
 class BudgetCounts(Enum):
@@ -349,6 +358,7 @@ class RuntimeConfig:
 class PlacementConfig:
     kind: PlacementKind = PlacementKind.split
     spread: bool = False  # put the groups on different nodes where there are several
+    sleep: Sleep = Sleep.auto  # hybrid: a phase's memory lies in the host's while the other runs (docs/memory.md)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 from asystem.algorithms import choose
 from asystem.config import Config, PlacementKind
 from asystem.controller.loop import Controller
+from asystem.controller.planning import resolve
 from asystem.data.task import load_task
 from asystem.plugin import is_plugin, load_function
 from asystem.rollout import CURRICULA, Chance, Pool, PromptOrder
@@ -29,6 +30,7 @@ def train(config: Config, make_controller: Callable[..., Controller] = Controlle
 
     Raises:
         DataError, ModelError: before anything starts, if the dataset or the model folder cannot be used.
+        CapacityError: no placement fits this machine.
         AsystemError: what ended the run; its folder is complete up to then.
     """
     task = load_task(config.data, config.recipe_dir)
@@ -37,8 +39,12 @@ def train(config: Config, make_controller: Callable[..., Controller] = Controlle
         load_function(config.algorithm.group_filter, config.recipe_dir, key="algorithm.group_filter")
     pool = make_pool(config, len(task.train))
     check_model(config)
+    config, reasons = resolve(config)
     run_dir = new_run_dir(config)
     tracker = Tracker(config, run_dir)
+    if config.tracking.console:
+        for reason in reasons:
+            print(f"plan: {reason}")
     controller: Controller | None = None
     with (
         ending(tracker, lambda: summarize(controller)),

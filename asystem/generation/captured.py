@@ -39,7 +39,7 @@ _TILING = Tiling(keys=64, warps=4, stages=2)
 class CapturedRunner:
     """A `runner.Runner` for CUDA devices of compute capability 8.0 and up. Prefills are eager.
 
-    Parameters may change in place between calls; where they moved, the graphs are captured anew.
+    Parameters may change in place between calls; where they or the KV pool moved, the graphs are captured anew.
     """
 
     run_ahead = 32
@@ -74,6 +74,9 @@ class CapturedRunner:
         self._addresses: list[int] = []
         self._version: int | None = None
 
+    def moved(self) -> None:
+        """Nothing: addresses are compared before every call."""
+
     def prefill(self, prefills: Sequence[Prefill], context: StepContext) -> None:
         self._eager.prefill(prefills, context)
 
@@ -96,7 +99,7 @@ class CapturedRunner:
     def _forget_moved_weights(self, version: int) -> None:
         if version != self._version:  # walking through all modules takes a millisecond
             self._parameters, self._version = list(self.model.parameters()), version
-        addresses = [parameter.data_ptr() for parameter in self._parameters]
+        addresses = [self.cache.data.data_ptr(), *(parameter.data_ptr() for parameter in self._parameters)]
         if addresses != self._addresses:
             self._graphs.clear()
             self._pool = None  # it went with the last graph

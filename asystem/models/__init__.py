@@ -5,7 +5,16 @@ from asystem.models.collectives import by_rows, group_name
 from asystem.models.decoder import Attend, Block, Decoder, init_weights
 from asystem.models.frozen import FrozenLinear
 from asystem.models.hf import check_folder, from_hf_state, load_model, save_model, to_hf_state
-from asystem.models.lora import PlainWeight, add_lora, merge, merged_copy, plain_weights, refresh_merged, whole
+from asystem.models.lora import (
+    LoraLinear,
+    PlainWeight,
+    add_lora,
+    decoding_copy,
+    merge,
+    plain_weights,
+    refresh_copy,
+    whole,
+)
 from asystem.models.moe import Routed, Router
 from asystem.models.moe_spec import MoESpec
 from asystem.models.parallel import Shard, check_experts, check_parallel
@@ -23,6 +32,7 @@ __all__ = [
     "MoESpec",
     "FrozenLinear",
     "Held",
+    "LoraLinear",
     "ModelSpec",
     "PackedAttention",
     "Piece",
@@ -46,11 +56,11 @@ __all__ = [
     "load_model",
     "local_piece",
     "merge",
-    "merged_copy",
+    "decoding_copy",
     "plain_weights",
     "quantize",
     "read_spec",
-    "refresh_merged",
+    "refresh_copy",
     "save_adapter",
     "save_model",
     "spec_from_config",

@@ -30,14 +30,11 @@ def train_flops(spec: ModelSpec, micro: Sequence[PackedBatch], *, frozen: bool =
     Args:
         frozen: matrices have no gradient of their own, as beside LoRA's adapters.
     """
-    per_weight = 4 if frozen else 6
     total = 0.0
     for packed in micro:
         lengths = packed.cu_seqlens.diff().double()
         pairs = float((lengths * (lengths + 1) / 2).sum())
-        total += per_weight * spec.active_matrix_weights * len(packed.tokens)
-        total += per_weight * spec.hidden_size * spec.vocab_size * len(packed.label_rows)
-        total += 12 * spec.num_layers * spec.q_size * pairs
+        total += pass_flops(spec, len(packed.tokens), pairs, len(packed.label_rows), frozen=frozen)
     return total
 
 
@@ -85,3 +82,12 @@ def product_rate(device: torch.device, repeats: int = 5) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def pass_flops(
+    spec: ModelSpec, tokens: float, pairs: float, labels: float, *, frozen: bool = False, backward: bool = True
+) -> float:
+    """Of the forward (and backward) pass over tokens with so many pairs of query and key, and logits of ``labels``."""
+    per_weight = 2 if not backward else 4 if frozen else 6
+    matrices = spec.active_matrix_weights * tokens + spec.hidden_size * spec.vocab_size * labels
+    return per_weight * matrices + (12 if backward else 4) * spec.num_layers * spec.q_size * pairs

@@ -29,7 +29,7 @@ from torch import nn
 
 from asystem.config import Compile, Master, Optimizer, Recompute, TrainingConfig
 from asystem.errors import CapacityError
-from asystem.models import Block, Decoder, FrozenLinear, ModelSpec, Shard, add_lora
+from asystem.models import Block, Decoder, FrozenLinear, LoraLinear, ModelSpec, Shard, add_lora
 from asystem.training.head import chunk_rows
 from asystem.training.offload import PLACES
 from asystem.training.optimizer import PIECE
@@ -91,11 +91,22 @@ def free_memory(device: torch.device) -> int | None:
     return max(0, min(free + reserved - allocated, limit - allocated))
 
 
+def shapes(spec: ModelSpec, cfg: TrainingConfig) -> Decoder:
+    """The model that trains, or a rank's part of it, on the meta device."""
+    shard = Shard(0, cfg.tensor_parallel, expert_size=cfg.expert_parallel)
+    with torch.device("meta"):
+        model = Decoder(spec) if shard.size == shard.expert_size == 1 else shard.decoder(spec)
+        if cfg.lora.rank > 0:
+            add_lora(model, cfg.lora)
+    return model
+
+
 class TrainingPlan:
     """Plans micro-batches of any size for a `TrainEngine` with these arguments.
 
     Args:
         device: cuda, or cpu, which offloads nothing, and whose attention and norms keep more than is counted here.
+        model: with adapters, on the meta device; None = made here.
     """
 
     def __init__(
@@ -106,17 +117,14 @@ class TrainingPlan:
         dtype: torch.dtype,
         ranks: int = 1,
         device: str = "cuda",
+        model: Decoder | None = None,
     ) -> None:
         self.cfg, self.dtype, self.ranks = cfg, dtype, ranks
         self.offloads = cfg.offload_optimizer and device == "cuda"
         self.compiled = cfg.compile is Compile.always or (cfg.compile is Compile.auto and device == "cuda")
         self.streams = cfg.offload_parameters and device == "cuda"
         self.stochastic = cfg.master is Master.bfloat16_stochastic
-        shard = Shard(0, cfg.tensor_parallel, expert_size=cfg.expert_parallel)
-        with torch.device("meta"):
-            self.model = Decoder(spec) if shard.size == shard.expert_size == 1 else shard.decoder(spec)
-            if cfg.lora.rank > 0:
-                add_lora(self.model, cfg.lora)
+        self.model = shapes(spec, cfg) if model is None else model
         self.spec = self.model.spec  # of a rank's part
         self._sharded = self._shards()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -138,6 +146,11 @@ class TrainingPlan:
             update=self._update(),
             tokens=tokens,
         )
+
+    @property
+    def adapted(self) -> int:
+        """Numbers of the matrices that have adapters."""
+        return sum(m.base.in_features * m.base.out_features for m in self.model.modules() if isinstance(m, LoraLinear))
 
     def largest(self, capacity: int, below: int) -> int:
         """The most tokens under ``below``, a multiple of 64, that fit into so many bytes; 0 = none."""

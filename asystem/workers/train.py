@@ -41,6 +41,9 @@ class TrainWorker(Worker):
         ranks = Ranks.of(self.config.training, self.world_size)
         self.start_training(build_trained(self.config, pick_device(self.config), ranks.shard), ranks)
 
+    def begin_training(self) -> None:
+        """Called before whatever needs states or room for passes: a hybrid worker wakes them."""
+
     def start_training(self, model: Decoder, ranks: Ranks | None = None) -> None:
         """Builds the engine around a model, which a hybrid worker shares with generation."""
         config, device = self.config, pick_device(self.config)
@@ -77,6 +80,7 @@ class TrainWorker(Worker):
     @remote(Dispatch.SPLIT, Collect.SUM)
     async def update(self, batch: Batch) -> Stats:
         """One pass over a batch, in `training.minibatches` optimizer steps of whole groups; metrics of all ranks."""
+        self.begin_training()
         trajectories = _fetch(batch.rows)
         count = self.config.training.minibatches
         parts = [[row for row in batch.rows if row.group % count == part] for part in range(count)]
@@ -100,6 +104,7 @@ class TrainWorker(Worker):
     @remote(Dispatch.BROADCAST, Collect.SUM)
     async def warm_up(self, steps: int) -> Stats:
         """Supervised steps on demonstrations; the last of them leaves fresh moments for reinforcement learning."""
+        self.begin_training()
         warmup = self.config.training.warmup
         if self._warm_ups == 0:
             self.trainer.start_phase(warmup.lr, Schedule.constant, min(20, warmup.steps), warmup.steps)
@@ -143,6 +148,7 @@ class TrainWorker(Worker):
         Raises:
             PublicationError: it is more than `weights.probe_bound`.
         """
+        self.begin_training()
         samples = [
             Sample(t.prompt_tokens, t.tokens, 0.0, infer_logprobs=t.logprobs, routing=self._replayed(t))
             for t in store.get(probe)
@@ -168,6 +174,7 @@ class TrainWorker(Worker):
 
         Adapters are also written as a PEFT folder, the run's `adapter/`.
         """
+        self.begin_training()
         if self._writer is not None:
             self._writer.flush()
         if step < self.config.steps or self.config.checkpoint.at_end:

@@ -86,6 +86,36 @@ def test_hybrid_placement_gives_the_metrics_of_split_in_lockstep(run: Run) -> No
         assert {k: v for k, v in a.items() if not is_timing(k)} == {k: v for k, v in b.items() if not is_timing(k)}
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_hybrid_rank_alternates_in_lockstep_and_interleaves_ahead_of_it(run: Run, ahead: int) -> None:
+    overrides = ("rollout=sync", "rollout.capacity=64", "training.warmup.steps=1", "steps=3")
+    placement = "placement=hybrid" if ahead else "placement=auto"  # which without overlap is hybrid
+    run_dir, _ = run(
+        *overrides, placement, f"rollout.max_staleness={ahead}", "tracking.timeline=true", "weights.probe_every=0"
+    )
+    events = json.loads((run_dir / "timeline.json").read_text())["traceEvents"]
+    hybrid = next(e["pid"] for e in events if e["name"] == "process_name" and e["args"]["name"] == "hybrid")
+    calls = [e for e in events if e["ph"] == "X" and e["pid"] == hybrid]
+    order = [e["name"] for e in sorted(calls, key=lambda e: e["ts"])]
+    updates = [index for index, name in enumerate(order) if name == "update"]
+    between = [order[index + 1 : order.index("load_weights", index)] for index in updates]
+    assert len(updates) == 3
+    # Ahead, a slice of the next batch waits for the update to end and runs before its weights are announced.
+    assert any("decode" in calls for calls in between) is (ahead == 1)
+
+
+def test_phases_that_sleep_change_nothing(run: Run) -> None:
+    """Unfinished rollouts keep their KV over the updates, which come between their tokens."""
+    adapted = ("training.lora.rank=4", "algorithm.kl_coefficient=0.1", "training.warmup.steps=2")
+    overrides = ("placement=hybrid", "weights.probe_every=2", "rollout.token_budget=64", "steps=3", *adapted)
+    awake, asleep = (metrics(run(*overrides, f"placement.sleep={sleep}")[0]) for sleep in ("never", "always"))
+    for a, b in zip(awake, asleep, strict=True):
+        kept = {k: v for k, v in b.items() if not is_timing(k)}
+        assert {k: v for k, v in a.items() if not is_timing(k)} == kept
+    assert any(row["rollout/carried"] > 0 for row in asleep[1:]), "else there was no KV to keep"
+    assert asleep[-1]["memory/moved_gib"] > 0
+
+
 def test_several_updates_a_batch_clip_against_the_first_weights(run: Run) -> None:
     run_dir, _ = run("training.minibatches=2", "steps=3", "checkpoint.at_end=false")
     rows = metrics(run_dir)[1:]

@@ -197,6 +197,20 @@ def test_training_replays_the_experts_that_generation_chose(config: Config, tmp_
     assert "routing/replaced_fraction" not in stats and stats["mismatch/logprob_diff_max"] > 1e-3
 
 
+def test_what_a_hybrid_worker_samples_after_an_update_carries_the_new_version(config: Config, tmp_path: Path) -> None:
+    """A slice of decoding may come between the update and its publication: it reads the new weights already."""
+    worker = HybridWorker(config, tmp_path)
+    ready(worker)
+    batch = batch_of(decode(worker, [RolloutRequest(i, 0, 0) for i in range(4)]))
+    asyncio.run(worker.update(batch))
+    between = decode(worker, [RolloutRequest(9, 1, 0)])
+    asyncio.run(worker.load_weights(asyncio.run(worker.export_weights()), 1))
+    assert store.get(between[0].ref)[between[0].row].versions.tolist() == [1] * between[0].length
+    for wanted in (worker.engine.model.embed.weight, worker.trainer.model.embed.weight):
+        assert wanted.untyped_storage().data_ptr() == worker.trainer.optimizer.params["embed.weight"].data_ptr()
+    assert worker.shares_weights
+
+
 @pytest.mark.parametrize("base", ["auto", "int8"])
 def test_adapters_reach_a_generator_merged(config: Config, tmp_path: Path, base: str) -> None:
     config.training.lora.rank, config.training.lora.base = 4, base
