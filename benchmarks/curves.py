@@ -50,7 +50,8 @@ def plot(
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(xlabel, fontsize=8)
         axis.tick_params(labelsize=7)
-        axis.set_yscale("log" if title in logarithmic else "linear")
+        if title in logarithmic:
+            axis.set_yscale("log", nonpositive="mask")
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
     own_legends = len(set(map(tuple, panels.values()))) > 1  # panels of different lines
@@ -58,7 +59,7 @@ def plot(
         axis.legend(fontsize=7)
     figure.tight_layout()
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=90, metadata={"Software": None})
     plt.close(figure)
     return path
 

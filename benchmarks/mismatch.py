@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--corrections", nargs="+", default=list(CORRECTIONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each; 0 = none at all")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--write", action="store_true", help="the results file, the curves and the page's tables")
     args = parser.parse_args()
@@ -181,10 +181,11 @@ def run_all(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse()
-    run_all(args)
+    if args.jobs:
+        run_all(args)
     if args.write:
         device = cpu_name() if args.device == "cpu" else torch.cuda.get_device_name()
-        report(done(args), f"{device}, {args.jobs} runs at a time", args.device, list(CORRECTIONS))
+        report(done(args), device, args.device, list(CORRECTIONS))
 
 
 if __name__ == "__main__":
