@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from asystem.controller.loop import Controller
 from asystem.data.task import load_task
 from asystem.rollout import Pool, PromptOrder
 from asystem.spmd import Runtime, make_runtime, spawn
+from asystem.state import choose_transport
 from asystem.tracking import Tracker, new_run_dir
 from asystem.workers import GenerateWorker, HybridWorker, RewardWorker, TrainWorker
 from asystem.workers.build import check_model
@@ -80,6 +82,8 @@ def spawn_groups(config: Config, runtime: Runtime, run_dir: Path) -> tuple[Train
     if config.placement.kind is PlacementKind.hybrid:
         hybrid = spawn(HybridWorker, config, run_dir, name="hybrid", ranks=training.ranks, runtime=runtime, gpus=gpus)
         return hybrid, hybrid, rewarders
+    transport = choose_transport(config, gpus=gpus if runtime.num_gpus else 0.0, one_host=runtime.one_host)
+    config = replace(config, weights=replace(config.weights, transport=transport))
     trainers = spawn(TrainWorker, config, run_dir, name="trainers", ranks=training.ranks, runtime=runtime, gpus=gpus)
     generators = spawn(
         GenerateWorker,

@@ -166,12 +166,14 @@ class PlainWeight:
 
     Attributes:
         source: the parameter, or the layer whose merged weight it is.
+        frozen: it stays as it is for good, since adapters train alone.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     source: nn.Parameter | LoraLinear
+    frozen: bool = False
 
     def value(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole tensor, rounded once, to ``dtype`` (None = its own). Collective where weights are sharded."""
@@ -207,7 +209,10 @@ def plain_weights(model: nn.Module) -> list[PlainWeight]:
             continue
         else:
             named = list(module.named_parameters(prefix=name, recurse=False))
-        weights += [PlainWeight(name, tuple(param.shape), param.dtype, param) for name, param in named]
+        weights += [
+            PlainWeight(name, tuple(param.shape), param.dtype, param, bool(frozen) and not param.requires_grad)
+            for name, param in named
+        ]
     return weights
 
 

@@ -61,7 +61,10 @@ class TrainWorker(Worker):
         self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
         wire_dtype = pick_dtype(config.generation.dtype, device)
-        self._outbox = Outbox(self.trainer.model, wire_dtype, config.weights.verify_every)
+        weights = config.weights
+        self._outbox = Outbox(
+            self.trainer.model, wire_dtype, weights.verify_every, weights.transport, self.rank
+        )
         self._warm_ups = 0
         self._columns: dict[int, tuple[list[float], list[int]]] = {}
         self._writer = RolloutWriter(self.run_dir / "rollouts", self.rank) if config.tracking.rollouts else None

@@ -52,7 +52,7 @@ def test_a_buffer_that_is_gone_is_refused_even_if_its_number_lives_on() -> None:
     handle, number = pickle.dumps(buffer), buffer._file
     array = buffer.array
     del buffer
-    with pytest.raises(ConfigError, match=r"set runtime\.shared_memory=false"):
+    with pytest.raises(ConfigError, match=r"set weights\.transport=store"):
         pickle.loads(handle)
     other = os.memfd_create("other")
     os.dup2(other, number)
