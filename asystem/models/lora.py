@@ -187,6 +187,11 @@ class PlainWeight:
         """Where this rank's part of it lies in the whole."""
         return self.source.box if isinstance(self.source, LoraLinear) else local_piece(self.source)[0]
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether it is computed anew at each `local`."""
+        return isinstance(self.source, LoraLinear)
+
     def local(self) -> tuple[Box, Tensor]:
         """What this rank has of it, and where in the whole that lies. Collective where adapters are sharded."""
         if isinstance(self.source, LoraLinear):

@@ -117,7 +117,7 @@ class DeviceBuffer:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._handle is None:  # once: each sharing takes counters and an event
             try:
-                self._handle = tuple(self._tensor.untyped_storage()._share_cuda_()[1:])
+                self._handle = tuple(self._tensor.untyped_storage()._share_cuda_()[1:])  # type: ignore[no-untyped-call]
             except RuntimeError as error:
                 raise ConfigError(
                     f"memory of this GPU cannot be shared ({_first_line(error)}): set weights.transport=shared_memory"
@@ -141,7 +141,7 @@ def _mapped_device(pid: int, handle: tuple[Any, ...]) -> DeviceBuffer:
         ) from error
     buffer = DeviceBuffer.__new__(DeviceBuffer)
     buffer._handle = None
-    buffer._tensor = torch.empty(0, dtype=torch.uint8, device=torch.device("cuda", device)).set_(storage)  # type: ignore[call-overload]
+    buffer._tensor = torch.empty(0, dtype=torch.uint8, device=torch.device("cuda", device)).set_(storage)
     return buffer
 
 

@@ -58,7 +58,7 @@ class Inbox:
         for name in ledger.wrong():
             arrived.blame(name)
             raise PublicationError(f"{name} is not what was sent: it was written wrongly in generation")
-        if torch.cuda.is_initialized():
+        if next(self.model.parameters()).is_cuda:
             torch.cuda.current_stream().synchronize()  # the sender may write again when this returns
         self._frozen |= {place.name for payload in payloads if payload.frozen for place in payload.frozen.places}
 

@@ -71,9 +71,7 @@ class _Part:
         device = next(outbox.model.parameters()).device
         self.buffer = allocate(outbox.transport, self.places[-1].end, device)
 
-    def write(
-        self, weights: Sequence[PlainWeight], verify: bool, frozen: WeightPayload | None = None
-    ) -> WeightPayload:
+    def write(self, weights: Sequence[PlainWeight], verify: bool, frozen: WeightPayload | None = None) -> WeightPayload:
         flat, checksums = self.buffer.flat(), []
         for weight, place in zip(weights, self.places, strict=True):
             box, block = weight.local()

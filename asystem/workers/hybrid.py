@@ -11,7 +11,7 @@ from pathlib import Path
 from asystem.config import Config
 from asystem.models import merged_copy, refresh_merged
 from asystem.spmd import Collect, Dispatch, remote
-from asystem.state import WeightPayload
+from asystem.state import Published
 from asystem.types import Ref, Trajectory
 from asystem.workers.build import build_trained, pick_device
 from asystem.workers.generate import GenerateWorker
@@ -32,13 +32,13 @@ class HybridWorker(TrainWorker, GenerateWorker):
         self.start_generation(merged_copy(model) if self.config.training.lora.rank > 0 else model)
 
     @remote(Dispatch.BROADCAST, Collect.CONCAT)
-    async def export_weights(self) -> list[Ref[WeightPayload]]:
+    async def export_weights(self) -> list[Ref[Published]]:
         """Nothing is copied: publishing is the new version number alone."""
         return []
 
     @remote(Dispatch.BROADCAST, Collect.FIRST)
     async def load_weights(
-        self, weights: Sequence[Ref[WeightPayload]], version: int, probe: bool = False
+        self, weights: Sequence[Ref[Published]], version: int, probe: bool = False
     ) -> Ref[list[Trajectory]] | None:
         self.check_version(version)
         if self.config.training.lora.rank > 0:

@@ -18,12 +18,12 @@ from asystem.data.task import Row, load_task
 from asystem.errors import PublicationError
 from asystem.models import Decoder
 from asystem.spmd import Collect, Dispatch, Worker, remote, store
-from asystem.state import Outbox, WeightPayload
+from asystem.state import Published
 from asystem.stats import Stats, merge
 from asystem.tracking.rollouts import RolloutWriter
 from asystem.training import Saver, TrainEngine, describe_model, supervised_loss, with_token_advantages
 from asystem.types import Ref, Trajectory
-from asystem.workers.build import build_tokenizer, build_trained, pick_device, pick_dtype
+from asystem.workers.build import build_outbox, build_tokenizer, build_trained, pick_device, pick_dtype
 
 
 class TrainWorker(Worker):
@@ -61,10 +61,7 @@ class TrainWorker(Worker):
         self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
         wire_dtype = pick_dtype(config.generation.dtype, device)
-        weights = config.weights
-        self._outbox = Outbox(
-            self.trainer.model, wire_dtype, weights.verify_every, weights.transport, self.rank
-        )
+        self._outbox = build_outbox(config, self.trainer.model, wire_dtype, device, self.rank)
         self._warm_ups = 0
         self._columns: dict[int, tuple[list[float], list[int]]] = {}
         self._writer = RolloutWriter(self.run_dir / "rollouts", self.rank) if config.tracking.rollouts else None
@@ -123,10 +120,11 @@ class TrainWorker(Worker):
             self.trainer.keep_reference()
 
     @remote(Dispatch.BROADCAST, Collect.CONCAT)
-    async def export_weights(self) -> list[Ref[WeightPayload]]:
-        """Each rank's part of the present weights behind a reference, in the dtype that generation wants.
+    async def export_weights(self) -> list[Ref[Published]]:
+        """Each rank's part of the present weights behind a reference, in the dtype that generation wants: written, or
+        with `weights.transport=nccl` announced, and sent by a thread as soon as generation is there to receive.
 
-        They must have been loaded before the next call.
+        They must have been loaded before the weights change, and before the next call.
         """
         return [store.put(self._outbox.write())]
 

@@ -59,9 +59,7 @@ class RankActor:
         path, folder: the controller's import path and working folder: a rank imports and reads what the controller can.
     """
 
-    def __init__(
-        self, rank: int, ranks: int, threads: int, owns_gpu: bool, path: list[str], folder: str
-    ) -> None:
+    def __init__(self, rank: int, ranks: int, threads: int, owns_gpu: bool, path: list[str], folder: str) -> None:
         sys.path += [entry for entry in path if entry not in sys.path]
         if os.path.isdir(folder):
             os.chdir(folder)

@@ -88,7 +88,9 @@ def test_what_does_not_fit_is_refused_with_both_sides_named_and_nothing_changed(
     first = replace(payload.places[0], shape=(22, 16))
     with pytest.raises(ModelError, match=r"embed\.weight was sent as \(22, 16\), the receiving model's is \(23, 16\)"):
         Inbox(untied).read([replace(payload, places=(first, *payload.places[1:]))])
-    with pytest.raises(ModelError, match=r"embed\.weight ends at byte 1472, but the buffer that rank 0 of training sent has 100"):
+    with pytest.raises(
+        ModelError, match=r"embed\.weight ends at byte 1472, but the buffer that rank 0 of training sent has 100"
+    ):
         Inbox(untied).read([replace(payload, buffer=Buffer(100))])
     unknown = replace(payload.places[0], dtype="float33")
     with pytest.raises(ModelError, match='unknown dtype "float33"'):
