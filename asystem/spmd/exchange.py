@@ -78,7 +78,7 @@ class Exchange:
         keys = [f"{key}/{rank}" for rank in range(len(self.names))]
         with self._blaming(0):
             self._store.set(keys[self.rank], value)  # type: ignore[arg-type]
-            self._until(lambda: self._store.check(keys), lambda: self._missing(keys))
+            self._until(lambda: self._store.check(keys), lambda: f"{self._missing(keys)} ({key})")
             return [bytes(self._store.get(each)) for each in keys]
 
     def forget(self, key: str) -> None:
@@ -187,7 +187,7 @@ class Exchange:
         return ", ".join(self.names[rank] for rank in ranks)
 
     def _gloo(self, store: Any) -> Any:
-        return dist.ProcessGroupGloo(store, self.rank, len(self.names), timedelta(seconds=self.seconds))  # type: ignore[attr-defined]
+        return dist.ProcessGroupGloo(store, self.rank, len(self.names), timedelta(seconds=self.seconds))
 
     def _nccl(self, store: Any) -> Any:
         options = dist.ProcessGroupNCCL.Options()

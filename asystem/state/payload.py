@@ -1,4 +1,4 @@
-"""What is handed over at a publication: blocks of parameters in a buffer, with each one's place there and in the whole."""
+"""What is handed over at a publication: blocks of parameters in a buffer, with their places there and in the whole."""
 
 from __future__ import annotations
 

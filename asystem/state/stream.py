@@ -354,8 +354,12 @@ def _pack(
 def _meet(exchange: Exchange, number: int) -> None:
     """All ranks are here, none of which has to be waited for with a device."""
     exchange.begin()
-    exchange.gather(f"publication {number}")
-    exchange.forget(f"publication {number - 1}")
+    exchange.gather(_key(number))
+    exchange.forget(_key(number - 1))
+
+
+def _key(number: int) -> str:
+    return f"publication {number} from trainers to generators"
 
 
 def _on_stream(device: torch.device) -> Any:

@@ -38,7 +38,7 @@ def _fastest(gpus: float, one_host: bool) -> Transport:
 def _refusal(wanted: Transport, gpus: float, one_host: bool) -> str:
     """Why it cannot work and what can; "" = it can."""
     if wanted is Transport.shared_memory and not (one_host and _has_shared_memory()):
-        return "needs all ranks on one Linux host: use store" if not gpus else "needs one Linux host: use nccl"
+        return f"needs all ranks on one Linux host: use {'nccl' if gpus else 'store'}"
     if wanted is Transport.ipc and not gpus:
         return "shares GPU memory, and ranks own no GPU here: use shared_memory"
     if wanted is Transport.ipc and not one_host:

@@ -62,7 +62,7 @@ class TrainWorker(Worker):
         self.saver.check_space(self.run_dir)
         wire_dtype = pick_dtype(config.generation.dtype, device)
         self._outbox = build_outbox(config, self.trainer.model, wire_dtype, device, self.rank)
-        self._warm_ups = 0
+        self._warm_ups = self._steps = 0  # supervised; of the run
         self._columns: dict[int, tuple[list[float], list[int]]] = {}
         self._writer = RolloutWriter(self.run_dir / "rollouts", self.rank) if config.tracking.rollouts else None
 
@@ -87,6 +87,7 @@ class TrainWorker(Worker):
         if self._writer is not None:
             records = [self._record(row, trajectories[row.rollout]) for row in batch.rows]
             self._writer.write(batch.version + 1, records)
+        self._steps = batch.version + 1
         return stats
 
     @remote(Dispatch.BROADCAST, Collect.SUM)
@@ -149,21 +150,28 @@ class TrainWorker(Worker):
         return mean
 
     @remote(Dispatch.BROADCAST)
-    async def save(self, step: int, score: float | None) -> None:
-        """Begins a checkpoint of all training state and lets training go on; the last step's is complete on return.
+    async def save(self, step: int | None, score: float | None) -> int:
+        """Begins a checkpoint of all training state and lets training go on; the last one is complete on return.
 
         Args:
+            step: optimizer steps of the run so far; None = the run ends here, at however many there were.
             score: of these weights on held-out data, the higher the better; None = not measured.
 
         Adapters are also written as a PEFT folder, the run's `adapter/`.
+
+        Returns:
+            the step.
         """
+        is_last = step is None or step == self.config.steps
+        step = self._steps if step is None else step
         if self._writer is not None:
             self._writer.flush()
         self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
-        if step == self.config.steps:
+        if is_last:
             self.saver.wait()
         if self.config.training.lora.rank > 0:
             self.trainer.save_adapter(self.run_dir / "adapter", self.config.model.path)
+        return step
 
     def _step(self, micro_batches: Sequence[PackedBatch]) -> Stats:
         def loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor, *values: Tensor) -> tuple[Tensor, Stats]:
