@@ -51,11 +51,13 @@ class SharedBuffer(Buffer):
 
     It is theirs as long as its maker lives, and the kernel takes it back with the last process that has it: nothing is
     left behind after a crash, and no name can clash. Linux only (memfd).
+
+    Args:
+        lasting: it will be handed over again, so that who has mapped it keeps the map.
     """
 
-    lasting = True
-
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, *, lasting: bool = True) -> None:
+        self.lasting = lasting
         self._file = os.memfd_create("asystem")
         os.ftruncate(self._file, nbytes)
         self.array = np.frombuffer(mmap.mmap(self._file, nbytes), dtype=np.uint8) if nbytes else np.zeros(0, np.uint8)
@@ -64,17 +66,22 @@ class SharedBuffer(Buffer):
         os.close(self._file)  # maps of it live on
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _mapped, (os.getpid(), self._file, os.fstat(self._file).st_ino, self.nbytes)
+        what = os.getpid(), self._file, os.fstat(self._file).st_ino, self.nbytes
+        return _kept if self.lasting else _mapped, what
 
 
 class _Mapped(Buffer):
-    lasting = True
-
     def __init__(self, array: npt.NDArray[np.uint8]) -> None:
         self.array = array
 
 
 @lru_cache(maxsize=16)  # mapping costs a page fault for every 4 KiB
+def _kept(pid: int, file: int, inode: int, nbytes: int) -> Buffer:
+    buffer = _mapped(pid, file, inode, nbytes)
+    buffer.lasting = True
+    return buffer
+
+
 def _mapped(pid: int, file: int, inode: int, nbytes: int) -> Buffer:
     """Another process's buffer; ``inode`` tells a later one under the same number apart."""
     if not nbytes:
@@ -96,13 +103,14 @@ class DeviceBuffer:
 
     Whoever maps it computes on the same GPU, or on another that reaches this one's memory, and need not see this one.
     Its maker keeps it for as long as others may read it, and waits for its own work on it before it hands it over.
+
+    Args: as of `SharedBuffer`.
     """
 
-    lasting = True
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
+    def __init__(self, nbytes: int, device: torch.device, *, lasting: bool = True) -> None:
         import torch
 
+        self.lasting = lasting
         self._tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._handle: tuple[Any, ...] | None = None
 
@@ -122,14 +130,21 @@ class DeviceBuffer:
                 raise ConfigError(
                     f"memory of this GPU cannot be shared ({_first_line(error)}): set weights.transport=shared_memory"
                 ) from error
-        return _mapped_device, (os.getpid(), self._handle)
+        return _kept_device if self.lasting else _mapped_device, (os.getpid(), self._handle)
 
 
-@lru_cache(maxsize=16)  # a handle may be opened once, and mapping takes a while
+@lru_cache(maxsize=16)  # mapping takes a while
+def _kept_device(pid: int, handle: tuple[Any, ...]) -> DeviceBuffer:
+    buffer = _mapped_device(pid, handle)
+    buffer.lasting = True
+    return buffer
+
+
 def _mapped_device(pid: int, handle: tuple[Any, ...]) -> DeviceBuffer:
     """Another process's buffer. Its number of the GPU says nothing here, where others may be visible: ours counts."""
     import torch
 
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     *memory, _ = handle  # the last says that an event is to be waited for: the maker has waited already
     device = torch.cuda.current_device()
     try:
@@ -140,7 +155,7 @@ def _mapped_device(pid: int, handle: tuple[Any, ...]) -> DeviceBuffer:
             "each other's memory set weights.transport=nccl, else shared_memory"
         ) from error
     buffer = DeviceBuffer.__new__(DeviceBuffer)
-    buffer._handle = None
+    buffer._handle, buffer.lasting = None, False
     buffer._tensor = torch.empty(0, dtype=torch.uint8, device=torch.device("cuda", device)).set_(storage)
     return buffer
 

@@ -44,6 +44,7 @@ class Outbox:
         self.model, self.dtype, self.verify_every = model, dtype, verify_every
         self.transport, self.rank = transport, rank
         self._changing: _Part | None = None
+        self._once: WeightPayload | None = None
         self._published = 0
 
     @torch.no_grad()
@@ -56,20 +57,20 @@ class Outbox:
         changing = [weight for weight in weights if not weight.frozen]
         if self._changing is None:
             self._changing = _Part(changing, self)
-        once = _Part(frozen, self).write(frozen, verify) if frozen else None
-        payload = self._changing.write(changing, verify, once)
+        # What goes once is held until all have read it, which is when the next publication is asked for.
+        self._once = _Part(frozen, self, lasting=False).write(frozen, verify) if frozen else None
         self._published += 1
-        return payload
+        return self._changing.write(changing, verify, self._once)
 
 
 class _Part:
     """A buffer for some of a rank's weights."""
 
-    def __init__(self, weights: Sequence[PlainWeight], outbox: Outbox) -> None:
+    def __init__(self, weights: Sequence[PlainWeight], outbox: Outbox, *, lasting: bool = True) -> None:
         self.dtype, self.rank = outbox.dtype, outbox.rank
         self.places = lay_out([(w.name, w.shape, w.box, self.dtype or w.dtype) for w in weights])
         device = next(outbox.model.parameters()).device
-        self.buffer = allocate(outbox.transport, self.places[-1].end, device)
+        self.buffer = allocate(outbox.transport, self.places[-1].end, device, lasting)
 
     def write(self, weights: Sequence[PlainWeight], verify: bool, frozen: WeightPayload | None = None) -> WeightPayload:
         flat, checksums = self.buffer.flat(), []
@@ -86,8 +87,8 @@ class _Part:
         return WeightPayload(self.places, self.buffer, tuple(taken), self.rank, frozen)
 
 
-def allocate(transport: Transport, nbytes: int, device: torch.device) -> Buffer | DeviceBuffer:
+def allocate(transport: Transport, nbytes: int, device: torch.device, lasting: bool) -> Buffer | DeviceBuffer:
     """Memory for a transport; auto: for readers in this process, where the parameters are."""
     if transport is Transport.ipc or (transport is Transport.auto and device.type == "cuda"):
-        return DeviceBuffer(nbytes, device)
-    return SharedBuffer(nbytes) if transport is Transport.shared_memory else Buffer(nbytes)
+        return DeviceBuffer(nbytes, device, lasting=lasting)
+    return SharedBuffer(nbytes, lasting=lasting) if transport is Transport.shared_memory else Buffer(nbytes)
