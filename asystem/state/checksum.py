@@ -49,7 +49,12 @@ def lazy_checksum(block: Tensor, box: Box, shape: tuple[int, ...]) -> Tensor:
 
 def settled(sums: Sequence[Tensor]) -> list[int]:
     """Checksums as numbers; a device is waited for once, whatever their number."""
-    return [int(value) % MODULUS for value in torch.stack(list(sums)).tolist()] if sums else []
+    values = [0] * len(sums)
+    for device in {value.device for value in sums}:
+        chosen = [index for index, value in enumerate(sums) if value.device == device]
+        for index, value in zip(chosen, torch.stack([sums[index] for index in chosen]).tolist(), strict=True):
+            values[index] = value % MODULUS
+    return values
 
 
 class Ledger:

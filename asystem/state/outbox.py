@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from asystem.config import Transport
+from asystem.errors import CapacityError
 from asystem.models import PlainWeight, plain_weights
 from asystem.spmd import Buffer, DeviceBuffer, SharedBuffer
 from asystem.state.checksum import lazy_checksum, settled
@@ -88,7 +89,18 @@ class _Part:
 
 
 def allocate(transport: Transport, nbytes: int, device: torch.device, lasting: bool) -> Buffer | DeviceBuffer:
-    """Memory for a transport; auto: for readers in this process, where the parameters are."""
+    """Memory for a transport; auto: for readers in this process, where the parameters are.
+
+    Raises:
+        CapacityError: the GPU has not so much left.
+    """
     if transport is Transport.ipc or (transport is Transport.auto and device.type == "cuda"):
-        return DeviceBuffer(nbytes, device, lasting=lasting)
+        try:
+            return DeviceBuffer(nbytes, device, lasting=lasting)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"weights.transport=ipc needs {nbytes / 2**30:.2f} GiB on the GPU for weights on their way, and "
+                f"{torch.cuda.mem_get_info(device)[0] / 2**30:.2f} are free: lower generation.kv_tokens, or set "
+                "weights.transport=shared_memory"
+            ) from error
     return SharedBuffer(nbytes, lasting=lasting) if transport is Transport.shared_memory else Buffer(nbytes)
