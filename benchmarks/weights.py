@@ -304,7 +304,7 @@ def cases(args: argparse.Namespace, num_gpus: int) -> list[Case]:
     return [case for case in found if not args.transports or case.transport.value in args.transports]
 
 
-def hybrid() -> Row:
+def hybrid() -> list[Row]:
     """In hybrid placement both engines have one storage: the bytes of generation's parameters that are its own."""
     import tempfile
 
@@ -312,7 +312,8 @@ def hybrid() -> Row:
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "task.py").write_text(
-            'def train(): return [{"prompt": "a", "answer": "b"}]\nevaluation = demonstrations = train\n'
+            'def train(): return [{"prompt": "a", "answer": "b"}]\ndef evaluation(): return []\n'
+            "def demonstrations(): return []\n"
             "def reward(row, response): return 0.0\n"
         )
         config = Config(recipe_dir=folder, device="cpu")
@@ -324,7 +325,9 @@ def hybrid() -> Row:
         own = {parameter.data_ptr() for parameter in worker.trainer.model.parameters()}
         copied = sum(p.nbytes for p in worker.engine.model.parameters() if p.data_ptr() not in own)
     total = sum(ref.num_bytes for ref in handed) + copied
-    return row("hybrid placement: bytes copied", total, "B", mark=0, better="lower", note="a small model on a CPU")
+    rows = [row("hybrid placement: bytes copied", total, "B", mark=0, better="lower", note="a small model on a CPU")]
+    show(rows)
+    return rows
 
 
 def attempt(label: str, act: Callable[[], list[Row]]) -> list[Row]:
@@ -349,14 +352,14 @@ def main() -> None:
                 if case.transport is Transport.shared_memory and case.device == "cuda" and name != args.models[0]:
                     continue  # through the host: once, to compare with
                 rows += attempt(f"{name}, {case.label}", lambda name=name, case=case: measure(name, case, args))
-    more = attempt("hybrid placement: bytes copied", lambda: [hybrid()])
-    more += [row(what, gb / seconds, "GB/s", note=f"{gb} GB in {seconds:g} s") for what, gb, seconds in PUBLISHED]
-    show(more)
+    more = attempt("hybrid placement: bytes copied", hybrid)
+    known = [row(what, gb / seconds, "GB/s", note=f"{gb} GB in {seconds:g} s") for what, gb, seconds in PUBLISHED]
+    show(known)
     if args.device == "cuda":
         device = f"{num_gpus} x {torch.cuda.get_device_name(0)}" if num_gpus > 1 else torch.cuda.get_device_name(0)
     if args.write:
         name = "cpu" if args.device == "cpu" else slug(torch.cuda.get_device_name(0)) + f"-x{num_gpus}" * (num_gpus > 1)
-        print(f"written to {write('weights', device, rows + more, packages=['ray', 'triton'], name=name)}")
+        print(f"written to {write('weights', device, rows + more + known, packages=['ray', 'triton'], name=name)}")
 
 
 if __name__ == "__main__":
