@@ -63,6 +63,7 @@ class QuantizedExperts(Experts):
 
     def __init__(self, experts: Experts, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
+        self.exchange = experts.exchange
         for name in EXPERTS:
             stack: Tensor = getattr(experts, name).detach()
             numbers, scale = torch.empty_like(stack, dtype=dtype), stack.new_empty(stack.shape[:2], dtype=torch.float32)

@@ -118,13 +118,14 @@ def test_folders_and_published_weights_give_the_same_numbers_in_place(
     assert want.embed.weight.dtype is torch.float32
 
 
-def test_a_rank_quantises_its_part(tmp_path: Path) -> None:
-    source = random_model(1)
-    save_model(source, SPEC, tmp_path)
+@pytest.mark.parametrize("spec", [SPEC, EXPERTS], ids=["dense", "experts"])
+def test_a_rank_quantises_its_part(spec: ModelSpec, tmp_path: Path) -> None:
+    source = random_model(1, spec)
+    save_model(source, spec, tmp_path)
     payload = Outbox(source).write()
     for rank in range(2):
         want = quantize(Shard(rank, 2).cut(source), torch.int8)
-        sent = quantize(Shard(rank, 2).cut(random_model(2)), torch.int8)
+        sent = quantize(Shard(rank, 2).cut(random_model(2, spec)), torch.int8)
         Inbox(sent).read([payload])
         loaded = load_model(tmp_path, part=Shard(rank, 2), quantized=torch.int8)
         for name, p in want.named_parameters():
