@@ -5,8 +5,17 @@ from asystem.models.collectives import by_rows, group_name
 from asystem.models.decoder import Attend, Block, Decoder, init_weights
 from asystem.models.frozen import FrozenLinear
 from asystem.models.hf import check_folder, from_hf_state, load_model, save_model, to_hf_state
-from asystem.models.lora import PlainWeight, add_lora, merge, merged_copy, plain_weights, refresh_merged, whole
-from asystem.models.moe import Router
+from asystem.models.lora import (
+    LoraLinear,
+    PlainWeight,
+    add_lora,
+    decoding_copy,
+    merge,
+    plain_weights,
+    refresh_copy,
+    whole,
+)
+from asystem.models.moe import Routed, Router
 from asystem.models.moe_spec import MoESpec
 from asystem.models.parallel import Shard, check_experts, check_parallel
 from asystem.models.peft import adapter_state, check_lora, load_adapter, save_adapter
@@ -23,12 +32,14 @@ __all__ = [
     "MoESpec",
     "FrozenLinear",
     "Held",
+    "LoraLinear",
     "ModelSpec",
     "PackedAttention",
     "Piece",
     "PlainWeight",
     "QuantizedLinear",
     "RopeScaling",
+    "Routed",
     "Router",
     "Shard",
     "by_rows",
@@ -45,11 +56,11 @@ __all__ = [
     "load_model",
     "local_piece",
     "merge",
-    "merged_copy",
+    "decoding_copy",
     "plain_weights",
     "quantize",
     "read_spec",
-    "refresh_merged",
+    "refresh_copy",
     "save_adapter",
     "save_model",
     "spec_from_config",

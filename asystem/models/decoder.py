@@ -116,15 +116,17 @@ class Block(nn.Module):
         """All that comes before attention: x [T, D] -> q, k, v."""
         return self.attn.project(self.enter(self.attn_norm(x)), cos, sin)
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """All that comes after it: x [T, D], attended [T, Hq, d] -> [T, D]."""
+    def finish(self, x: Tensor, attended: Tensor, experts: Tensor | None = None) -> Tensor:
+        """All that comes after it: x [T, D], attended [T, Hq, d] -> [T, D]; experts [T, top_k], or the
+        router's own choice."""
         x = x + self.reduce(self.attn.o_proj(attended.flatten(1)))
-        out: Tensor = x + self.reduce(self.mlp(self.enter(self.mlp_norm(x))))
+        normed = self.enter(self.mlp_norm(x))
+        out: Tensor = x + self.reduce(self.mlp(normed) if experts is None else self.mlp(normed, given=experts))
         return out
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, experts: Tensor | None = None) -> Tensor:
         q, k, v = self.project(x, cos, sin)
-        return self.finish(x, attend(self.index, q, k, v))
+        return self.finish(x, attend(self.index, q, k, v), experts)
 
     @property
     def spread_experts(self) -> nn.Module | None:
@@ -173,12 +175,19 @@ class Decoder(nn.Module):
         self.shard: Shard | None = None  # which part of a model this is, where it is cut over ranks
         self._inv_freq: Tensor | None = None
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """tokens, positions [T] int64 -> final-normed hidden states [T, D]."""
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, routing: Tensor | None = None) -> Tensor:
+        """tokens, positions [T] int64 -> final-normed hidden states [T, D].
+
+        Args:
+            routing: [T, layers with experts, top_k], experts in the place of the routers' own choice where they are not
+                negative; None = nowhere.
+        """
         x = self.embed(tokens)
         cos, sin = self.rotary(positions)
-        for layer in self.layers:
-            x = layer(x, cos, sin, attend)
+        choices = [] if routing is None else [layer.contiguous() for layer in routing.unbind(1)]
+        given = dict(zip(self.spec.expert_layers if choices else [], choices, strict=True))
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, attend, given.get(index))
         out: Tensor = self.norm(x)
         return out
 

@@ -64,6 +64,8 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def reset(self, seed: int) -> None:
         """A uniform in ±1/sqrt(in), as PEFT draws it, and B = 0. Equal seeds and names give equal adapters."""
+        if self.lora_A.is_meta:  # a shape to plan with
+            return
         self.lora_B.zero_()
         bound = self.base.in_features**-0.5
         for part, a, _ in self.adapters():
@@ -237,24 +239,42 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def merged_copy(model: Decoder) -> Decoder:
-    """A plain decoder beside one with adapters: it has its own merged matrices and shares all other parameters."""
+def decoding_copy(model: Decoder, dtype: torch.dtype) -> Decoder:
+    """A plain decoder of what a model holds whole: itself where all of it is. Else one beside it that has copies of its
+    own of what is sharded over ranks or has adapters, and shares all other parameters. Collective where it gathers.
+
+    Args:
+        dtype: of copies of sharded parameters; merged matrices stay as they are.
+    """
+    weights = plain_weights(model)
+    if not any(map(_is_apart, weights)):
+        return model
     with torch.device("meta"):
         copy = Decoder(model.spec)
-    for weight in plain_weights(model):
-        is_merged = isinstance(weight.source, LoraLinear)
-        param = nn.Parameter(weight.value(), requires_grad=False) if is_merged else weight.source
+    for weight in weights:
+        value = weight.value(dtype if hasattr(weight.source, "full_tensor") else None) if _is_apart(weight) else None
+        param = weight.source if value is None else nn.Parameter(value, requires_grad=False)
         parent, _, leaf = weight.name.rpartition(".")
         setattr(copy.get_submodule(parent), leaf, param)
     return copy
 
 
 @torch.no_grad()
-def refresh_merged(copy: Decoder, model: Decoder) -> None:
-    """Writes the present merged matrices into a `merged_copy`, in place."""
-    for weight in plain_weights(model):
-        if isinstance(weight.source, LoraLinear):
-            copy.get_parameter(weight.name).copy_(weight.value())
+def refresh_copy(copy: Decoder, model: Decoder) -> None:
+    """Writes the present weights into a `decoding_copy`, in place, one gathered after another: those that it does not
+    share, but beside adapters not what is frozen. Collective where it gathers."""
+    if copy is model:
+        return
+    weights = plain_weights(model)
+    merged = [weight for weight in weights if isinstance(weight.source, LoraLinear)]
+    for weight in merged or filter(_is_apart, weights):
+        param = copy.get_parameter(weight.name)
+        param.copy_(weight.value(param.dtype))
+
+
+def _is_apart(weight: PlainWeight) -> bool:
+    """Whether decoding cannot read what training holds of it."""
+    return isinstance(weight.source, LoraLinear) or hasattr(weight.source, "full_tensor")
 
 
 def whole(value: Tensor) -> Tensor:

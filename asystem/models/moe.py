@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +26,26 @@ from asystem.models.moe_spec import MoESpec
 GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `grouped_linear`
 
 
+class Routed(NamedTuple):
+    """How a router came to its answer: logits and scores [T, E]; its own choice, the one given to it if any (negative =
+    none), and the one taken, all [T, top_k]."""
+
+    logits: Tensor
+    scores: Tensor
+    own: Tensor
+    given: Tensor | None
+    chosen: Tensor
+
+
+Watch = Callable[[Tensor, Routed], Tensor]  # weights [T, top_k] -> the same; may hang losses on their gradient
+
+
 class Router(nn.Module):
     """Chooses each token's experts and how much they count: see `MoESpec`. Computes in float32.
 
     Attributes:
         weight: [E, D]. bias: [E], or None; no gradient reaches it.
-        load: [E], tokens that chose each expert with gradients on are added here; None = they are not counted.
+        watch: called wherever gradients are on, and once more where activations are computed again; None = nobody is.
     """
 
     bias: nn.Parameter | None
@@ -40,19 +54,24 @@ class Router(nn.Module):
         super().__init__()
         self.moe = moe
         self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
-        self.load: Tensor | None = None
+        self.watch: Watch | None = None
         self.register_parameter("bias", nn.Parameter(torch.zeros(moe.num_experts)) if moe.has_bias else None)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> weights [T, top_k] float32, chosen [T, top_k] int64."""
+    def forward(self, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> weights [T, top_k] float32, chosen [T, top_k] int64.
+
+        Args:
+            given: [T, top_k], the experts to take in the place of the router's own choice, where they are not negative.
+        """
         logits = F.linear(x.float(), self.weight.float())
         scores = logits.softmax(-1) if self.moe.score == "softmax" else logits.sigmoid()
-        chosen = self._choose(scores)
+        own = self._choose(scores)
+        chosen = own if given is None else torch.where(given < 0, own, given.long())
         weights = scores.gather(1, chosen)
-        if self.load is not None and torch.is_grad_enabled():  # computing again counts all of them again
-            self.load.index_add_(0, chosen.flatten(), self.load.new_ones(chosen.numel()))
         if self.moe.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if self.watch is not None and torch.is_grad_enabled():
+            weights = self.watch(weights, Routed(logits, scores, own, given, chosen))
         return weights * self.moe.scaling, chosen
 
     @torch.no_grad()
@@ -137,9 +156,9 @@ class MoE(nn.Module):
         self.shared = shared
         self.product: GroupedProduct = grouped_linear
 
-    def forward(self, x: Tensor, product: GroupedProduct | None = None) -> Tensor:
-        """[T, D] -> [T, D]; `product` in the place of the layer's own."""
-        weights, chosen = self.router(x)
+    def forward(self, x: Tensor, product: GroupedProduct | None = None, given: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D]; `product` in the place of the layer's own, and experts as `Router` takes them."""
+        weights, chosen = self.router(x, given)
         out = self._experts(x, weights, chosen, product or self.product)
         return out if self.shared is None else out + self.shared(x)
 

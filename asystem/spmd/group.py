@@ -145,13 +145,14 @@ class Group:
     def _shares(
         self, name: str, mode: Mode, parts: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        if mode.dispatch is not Dispatch.SPLIT or parts == 1:
+        if mode.dispatch not in (Dispatch.SPLIT, Dispatch.SHARE) or parts == 1:
             return [(args, kwargs)] * parts
         if not args and mode.first not in kwargs:
             raise TypeError(f"{self.spec.name}.{name}: {mode.first!r}, which is cut over the ranks, is missing")
         whole = args[0] if args else kwargs[mode.first]
         try:
-            cuts = cut(whole, parts, even=self.spec.collective and self.spec.replica_ranks == 1)
+            even = mode.dispatch is Dispatch.SPLIT and self.spec.collective and self.spec.replica_ranks == 1
+            cuts = cut(whole, parts, even=even)
         except (ConfigError, TypeError) as error:
             raise type(error)(f"{self.spec.name}.{name}: {error}") from None
         return [((part, *args[1:]), kwargs) if args else ((), kwargs | {mode.first: part}) for part in cuts]

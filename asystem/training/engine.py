@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from asystem.training.optimizer import MasterOptimizer
 from asystem.training.policy import Policy
 from asystem.training.ranks import RankGradients, Ranks, shard_policy
 from asystem.training.schedule import LearningRate
+from asystem.training.streaming import StreamedBlocks
 
 
 class TrainEngine:
@@ -82,21 +83,29 @@ class TrainEngine:
             model = model if model.shard is not None else shard.cut(model)
             shard.pass_gradients(model)
             self.spec = shard.whole(model.spec)
-        self.model = model.to(self.device)
-        self.balance = ExpertBalance(model, cfg.expert_bias_rate, self.ranks.data_group)
+        self.model = model = _placed(model, cfg, self.device)
+        self.balance = ExpertBalance(model, cfg, self.device, self.ranks)
         prepare_blocks(model, cfg, self.device)
-        self.policy = Policy(model, temperature, entropy_gradient=entropy_gradient, value_head=value_head)
+        self.policy = Policy(
+            model,
+            temperature,
+            entropy_gradient=entropy_gradient,
+            value_head=value_head,
+            keep_logits=cfg.keep_logits,
+            exact_head=cfg.head_dtype == "float32",
+        )
         self.reference: Policy | None = None
-        exact = {name: p.detach() for name, p in _trained(self.policy).items()}  # before rounding to ``dtype``
+        unrounded = {name: p.detach() for name, p in _trained(self.policy).items()}  # before rounding to ``dtype``
         for p in self.policy.parameters():  # FSDP's shards of what trains are the masters
             is_master = p.requires_grad and world_size > 1 and cfg.master is Master.float32
             if p.is_floating_point():
                 p.data = p.data.to(torch.float32 if is_master else dtype)
         if world_size > 1:
             shard_policy(self.policy, self.ranks, self.device, dtype)
+        self._streams = [StreamedBlocks(list(model.layers), self.device)] if cfg.offload_parameters else []
         params = _trained(self.policy)
         settled = RankGradients(self.ranks, list(params), model.spec) if world_size > 1 else None
-        self.optimizer = MasterOptimizer(params, exact, cfg, settled)
+        self.optimizer = MasterOptimizer(params, unrounded, cfg, settled, self.device)
         self._fitting = 0  # tokens of a micro-batch that is known to fit in memory
         self.start_phase(cfg.lr, cfg.schedule, cfg.lr_warmup_steps, total_steps)
 
@@ -123,12 +132,14 @@ class TrainEngine:
             decoder.to_empty(device=self.device)
             for name, kept in decoder.named_parameters():
                 kept.data = kept.data.to(present[name].dtype)
-        self.reference = Policy(decoder, self.policy.temperature)
+        self.reference = Policy(decoder, self.policy.temperature, exact_head=self.policy.exact_head)
         if self.world_size > 1:
             shard_policy(self.reference, self.ranks, self.device, self.dtype)
             for kept, p in zip(self.reference.decoder.parameters(), self.policy.decoder.parameters(), strict=True):
                 kept.copy_(p)
         self.reference.requires_grad_(False).eval()
+        if self.cfg.offload_parameters:
+            self._streams.append(StreamedBlocks(list(decoder.layers), self.device))
 
     def logprobs(self, micro: Sequence[PackedBatch], *, reference: bool = False) -> list[Tensor]:
         """Log-probabilities of the response tokens of each micro-batch, [T] float32 on the device, 0 elsewhere.
@@ -144,8 +155,11 @@ class TrainEngine:
         policy = self.reference if reference else self.policy
         assert policy is not None, "keep_reference comes first"
         policy.eval()  # without dropout, as generation
-        results = [policy(packed.to(self.device)) for packed in self._padded(micro)]
+        if reference:  # which chooses its own experts, as it did when it was the model
+            micro = [replace(packed, routing=None) for packed in micro]
+        results = [policy(packed) for packed in [packed.to(self.device) for packed in self._padded(micro)]]
         policy.train(not reference)
+        self._leave_blocks()
         if self.world_size > 1:
             policy.reshard()  # type: ignore[operator]  # else the root keeps these weights past the next update
         return results[: len(micro)]
@@ -165,18 +179,23 @@ class TrainEngine:
             CapacityError: a micro-batch will not fit in the GPU's memory; says which size would.
         """
         self._check_fits(micro)
-        padded = self._padded(micro)
+        # All now: a later copy would wait for the work that is queued before it.
+        padded = [packed.to(self.device) for packed in self._padded(micro)]
         stats = Stats()
         losses: list[Tensor] = []
+        self.balance.start(sum(len(packed.tokens) for packed in micro))
         for index, packed in enumerate(padded):
-            loss, part = self._forward(packed.to(self.device), loss_fn if index < len(micro) else _idle_loss)
+            if index == len(micro):
+                self.balance.mute()
+            loss, part = self._forward(packed, loss_fn if index < len(micro) else _idle_loss)
             (loss * self.ranks.data).backward()  # type: ignore[no-untyped-call]  # FSDP takes the mean over ranks
             self.balance.collect(counted=index < len(micro))
             losses.append(loss.detach())
             stats += part
+        self._leave_blocks()
         if padded:
             self._finish_step(stats, torch.stack(losses).tolist(), micro)
-        return stats
+        return stats.settled()
 
     def state(self) -> tuple[dict[str, Held], dict[str, Any]]:
         """What a checkpoint holds: masters and moments, the very tensors; and the schedule's position as JSON. Frozen
@@ -210,6 +229,11 @@ class TrainEngine:
     def _forward(self, packed: PackedBatch, loss_fn: LossFn) -> tuple[Tensor, Stats]:
         return loss_fn(packed, *self.policy(packed))
 
+    def _leave_blocks(self) -> None:
+        """Streamed weights are in the host's memory again, where they may be changed and read."""
+        for stream in self._streams:
+            stream.leave()
+
     def _check_fits(self, micro: Sequence[PackedBatch]) -> None:
         """Before the first step, so that a run does not end in the middle of a later one; and before larger ones, which
         single sequences above the limit are."""
@@ -242,7 +266,7 @@ class TrainEngine:
         lr = self.lr.at(self.steps)
         norm = self.optimizer.step(lr, self.cfg.clip_norm)
         is_bad = not math.isfinite(norm)
-        self.balance.finish(self.optimizer, self.world_size, good=not is_bad)
+        self.balance.finish(self.optimizer, stats, good=not is_bad)
         self.steps += 1
         self.bad_steps = self.bad_steps + 1 if is_bad else 0
         # What is the same on all ranks is told by the first, so that adding ranks up leaves it right.
@@ -276,6 +300,15 @@ def _adapt(model: Decoder, cfg: TrainingConfig, seed: int, device: torch.device)
     add_lora(model, cfg.lora, seed=seed, device=device)
     if cfg.lora.adapter is not None:
         load_adapter(model, cfg.lora.adapter)
+
+
+def _placed(model: Decoder, cfg: TrainingConfig, device: torch.device) -> Decoder:
+    """On its device; blocks that are streamed there, in the host's memory."""
+    if not cfg.offload_parameters:
+        return model.to(device)
+    for name, part in model.named_children():
+        part.to("cpu" if name == "layers" else device)
+    return model
 
 
 def _trained(policy: Policy) -> dict[str, nn.Parameter]:

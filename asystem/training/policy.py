@@ -19,6 +19,8 @@ class Policy(nn.Module):
 
     Args:
         value_head: a second head tells the value of each state, at first 0.
+        keep_logits: see `token_logprobs`.
+        exact_head: logits are not rounded to the model's dtype.
     """
 
     def __init__(
@@ -28,6 +30,8 @@ class Policy(nn.Module):
         *,
         entropy_gradient: bool = False,
         value_head: bool = False,
+        keep_logits: bool = False,
+        exact_head: bool = False,
     ) -> None:
         if temperature <= 0:
             raise ConfigError(
@@ -37,6 +41,7 @@ class Policy(nn.Module):
         super().__init__()
         self.decoder = decoder
         self.temperature, self.entropy_gradient = temperature, entropy_gradient
+        self.keep_logits, self.exact_head = keep_logits, exact_head
         weight = torch.zeros(decoder.spec.hidden_size, device=decoder.embed.weight.device)
         self.value_head = nn.Parameter(weight) if value_head else None
 
@@ -45,10 +50,10 @@ class Policy(nn.Module):
         a value head also the values of the states in which the labels were chosen.
 
         The first two are of the tempered distribution that rollouts are sampled from. The entropy has a gradient where
-        ``entropy_gradient`` asks for one.
+        ``entropy_gradient`` asks for one. Experts are those of ``packed.routing``, where that has any.
         """
-        attend = PackedAttention(packed.cu_seqlens, packed.max_seqlen)
-        hidden = self.decoder(packed.tokens, packed.positions, attend)
+        attend = PackedAttention(packed.cu_seqlens, packed.max_seqlen, packed.starts)
+        hidden = self.decoder(packed.tokens, packed.positions, attend, packed.routing)
         rows = packed.label_rows
         labels = packed.labels.index_select(0, rows)
         hidden = hidden.index_select(0, rows)
@@ -63,7 +68,8 @@ class Policy(nn.Module):
         """Log-probabilities and entropies [M] of hidden states [M, D]; ranks that have the same rows share them."""
         compute = partial(
             token_logprobs, self.decoder.head_weight(),
-            temperature=self.temperature, entropy_gradient=self.entropy_gradient,
+            temperature=self.temperature, entropy_gradient=self.entropy_gradient, keep_logits=self.keep_logits,
+            exact=self.exact_head,
         )  # fmt: skip
         shard = self.decoder.shard
         if shard is None or shard.size == 1:

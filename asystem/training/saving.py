@@ -42,7 +42,7 @@ class Saver:
         Raises:
             CapacityError: with the sizes and the remedy.
         """
-        count = self.cfg.keep_last + self.cfg.keep_best + 1 if self.cfg.every else 1
+        count = self.cfg.keep_last + self.cfg.keep_best + 1 if self.cfg.every else int(self.cfg.at_end)
         check_space(parent, checkpoint_bytes(self.engine.state()[0]), count)
 
     def save(self, folder: Path, score: float | None = None) -> float:

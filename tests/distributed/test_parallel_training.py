@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -62,31 +62,36 @@ def _model(kind: str) -> Decoder:
 
 
 def _engine(case: Case, world: int, *, value_head: bool = False, saved: Path | None = None) -> TrainEngine:
-    rate = 0.02 if case.kind == "experts" else 0.0
-    choices = case.choices if world > 1 else {}
-    cfg = TrainingConfig(lr=1e-2, eps=1e-3, clip_norm=0.5, expert_bias_rate=rate, **choices)
+    experts = {"expert_bias_rate": 0.02, "router_z_coefficient": 0.1} if case.kind == "experts" else {}
+    choices = experts | (case.choices if world > 1 else {})
+    cfg = TrainingConfig(lr=1e-2, eps=1e-3, clip_norm=0.5, **choices)
     ranks = Ranks.of(cfg, world)
     model = _model(case.kind) if saved is None else load_model(saved, part=ranks.shard)
     options: dict[str, Any] = {"world_size": world, "value_head": value_head, "ranks": ranks}
     return TrainEngine(model, cfg, device="cpu", total_steps=10, **options)
 
 
-def _micro(rows: list[int]) -> list[PackedBatch]:
+def _micro(rows: list[int], moe: MoESpec | None = None) -> list[PackedBatch]:
+    """With experts, some of the samples bring along which are to compute them."""
     rng, lengths = np.random.default_rng(0), [4, 1, 9, 6, 3]
     samples = [
         Sample(rng.integers(0, VOCAB, 2), rng.integers(0, VOCAB, n), 1 / sum(lengths), float(i % 2), rollout=i)
         for i, n in enumerate(lengths)
     ]
+    if moe is not None:
+        chosen = [rng.integers(0, 2, (sample.length - 1, 1, 2)) * 2 + [0, 1] for sample in samples]
+        samples = [replace(sample, routing=chosen[i] if i % 3 else None) for i, sample in enumerate(samples)]
     return pack([samples[row] for row in rows], budget=12)
 
 
 def _train(engine: TrainEngine, rows: list[int], checkpoint: Path | None) -> dict[str, Any]:
     engine.keep_reference()
-    stats = [engine.step(_micro(rows), supervised_loss) for _ in range(STEPS)]
+    micro = _micro(rows, engine.spec.moe)
+    stats = [engine.step(micro, supervised_loss) for _ in range(STEPS)]
     if checkpoint is not None:
         engine.save(checkpoint)
     payload = Outbox(engine.model, rank=engine.rank).write()
-    logprobs, reference = (engine.logprobs(_micro(rows), reference=r) for r in (False, True))
+    logprobs, reference = (engine.logprobs(micro, reference=r) for r in (False, True))
     first = engine.ranks.is_first
     return {"stats": stats, "payload": payload, "logprobs": logprobs, "reference": reference, "first": first}
 
@@ -177,7 +182,7 @@ def test_ranks_equal_one_process(folder: Path, alone: dict[str, Any], name: str)
     _assert_sent(ranks, engine)
     for rank in ranks:
         for key in ("logprobs", "reference"):
-            wanted = engine.logprobs(_micro(rank["rows"]), reference=key == "reference")
+            wanted = engine.logprobs(_micro(rank["rows"], engine.spec.moe), reference=key == "reference")
             for found, value in zip(rank[key], wanted, strict=True):
                 torch.testing.assert_close(found, value, atol=1e-5, rtol=1e-5)
 

@@ -81,3 +81,5 @@ def test_a_run_whose_checkpoints_do_not_fit_is_refused_before_it_starts(
     Saver(engine, CheckpointConfig(every=0, keep_last=2)).check_space(tmp_path)  # one, at the end
     with pytest.raises(CapacityError, match=r"3 checkpoint\(s\) of"):  # two are kept while a third is written
         Saver(engine, CheckpointConfig(every=5, keep_last=2)).check_space(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    Saver(engine, CheckpointConfig(at_end=False)).check_space(tmp_path)  # none is written
