@@ -115,7 +115,7 @@ def _from_folder(case: Case, saved: Path) -> dict[str, Any]:
     engine = _engine(case, case.world, saved=saved)
     rows = SHARES[engine.ranks.data][engine.ranks.data_rank]
     for _ in range(STEPS):
-        engine.step(_micro(rows), supervised_loss)
+        engine.step(_micro(rows, engine.spec.moe), supervised_loss)
     return {"payload": Outbox(engine.model, rank=engine.rank).write()}
 
 
