@@ -453,6 +453,11 @@ def _parallel(config: Config) -> Iterator[Rule]:
         f"training.ranks={ranks} is no multiple of training.tensor_parallel={tensor} x training.expert_parallel="
         f"{expert}; use {ranks + -ranks % (tensor * expert)}",
     )
+    yield (
+        tensor * expert > 1 and config.placement.kind.value == "hybrid",
+        f"placement=hybrid decodes with whole copies, and training.tensor_parallel={tensor} x training.expert_parallel="
+        f"{expert} ranks have parts of the layers alone: use placement=split",
+    )
     cut = f"training.tensor_parallel={tensor}" if tensor > 1 else f"training.expert_parallel={expert}"
     yield (
         tensor * expert > 1 and training.lora.rank > 0,

@@ -308,6 +308,13 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
             "training.ranks=4 is no multiple of training.tensor_parallel=2 x training.expert_parallel=4; use 8",
         ),
         (
+            [
+                *("recipe=quickstart", "placement=hybrid", "training.ranks=2", "generation.ranks=2"),
+                "training.tensor_parallel=2",
+            ],
+            "ranks have parts of the layers alone: use placement=split",
+        ),
+        (
             ["recipe=quickstart", "training.ranks=2", "training.tensor_parallel=2", "training.lora.rank=2"],
             "training.tensor_parallel=2 cuts matrices over ranks, and adapters",
         ),
