@@ -35,20 +35,8 @@ def check(config: Config) -> None:
     """
     is_rl = config.command.value == "train"
     program = (_positions, _algorithm, _rollout, _liveness) if is_rl else (_finetune,)
-    sections = (
-        _run,
-        _model,
-        *program,
-        _training,
-        _memory,
-        _streaming,
-        _lora,
-        _placement,
-        _parallel,
-        _precision,
-        _others,
-    )
-    for section in sections:
+    training = (_training, _memory, _streaming, _lora, _parallel)
+    for section in (_run, _model, *program, *training, _placement, _weights, _precision, _others):
         for broken, message in section(config):
             if broken:
                 raise ConfigError(message)
@@ -465,6 +453,11 @@ def _parallel(config: Config) -> Iterator[Rule]:
         f"training.ranks={ranks} is no multiple of training.tensor_parallel={tensor} x training.expert_parallel="
         f"{expert}; use {ranks + -ranks % (tensor * expert)}",
     )
+    yield (
+        tensor * expert > 1 and config.placement.kind.value == "hybrid",
+        f"placement=hybrid decodes with whole copies, and training.tensor_parallel={tensor} x training.expert_parallel="
+        f"{expert} ranks have parts of the layers alone: use placement=split",
+    )
     cut = f"training.tensor_parallel={tensor}" if tensor > 1 else f"training.expert_parallel={expert}"
     yield (
         tensor * expert > 1 and training.lora.rank > 0,
@@ -498,6 +491,27 @@ def _precision(config: Config) -> Iterator[Rule]:
     )
 
 
+def _weights(config: Config) -> Iterator[Rule]:
+    weights, transport = config.weights, config.weights.transport.value
+    yield _at_least("weights.bucket_bytes", weights.bucket_bytes, 4096)
+    yield _at_least("weights.verify_every", weights.verify_every, 0)
+    yield _at_least("weights.probe_every", weights.probe_every, 0)
+    yield _above("weights.probe_bound", weights.probe_bound, 0)
+    yield (
+        transport != "auto" and config.placement.kind.value == "hybrid",
+        f"weights.transport={transport} carries weights between processes, and placement=hybrid has one copy of them: "
+        "use auto, or placement=split",
+    )
+    yield (
+        transport == "ipc" and config.device == "cpu",
+        "weights.transport=ipc shares GPU memory, and device=cpu: use shared_memory",
+    )
+    yield (
+        transport == "nccl" and config.runtime.kind.value == "inline",
+        "weights.transport=nccl needs a process for each rank: use runtime=ray, or transport=auto",
+    )
+
+
 def _others(config: Config) -> Iterator[Rule]:
     generation, longest = config.generation, config.data.max_prompt_tokens + config.rollout.max_new_tokens
     yield (
@@ -519,9 +533,6 @@ def _others(config: Config) -> Iterator[Rule]:
     yield _at_least("evaluation.every", config.evaluation.every, 0)
     yield _at_least("evaluation.prompts", config.evaluation.prompts, 1)
     yield _at_least("evaluation.temperature", config.evaluation.temperature, 0)
-    yield _at_least("weights.verify_every", config.weights.verify_every, 0)
-    yield _at_least("weights.probe_every", config.weights.probe_every, 0)
-    yield _above("weights.probe_bound", config.weights.probe_bound, 0)
     yield _at_least("checkpoint.every", config.checkpoint.every, 0)
     yield _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
     yield _at_least("checkpoint.keep_best", config.checkpoint.keep_best, 0)

@@ -112,6 +112,16 @@ class Master(Enum):
     bfloat16_stochastic = "bfloat16_stochastic"  # no copy beside the weights; they, moments, sums round at random
 
 
+class Transport(Enum):
+    """How weights travel in split placement; docs/weights.md has the table."""
+
+    auto = "auto"  # by where the ranks are
+    shared_memory = "shared_memory"  # host memory that all processes of a host map
+    store = "store"  # Ray's object store, or within one process its own memory
+    ipc = "ipc"  # GPU memory that processes of a host map
+    nccl = "nccl"  # sent in buckets by a process group of both sides; between CPU ranks by gloo
+
+
 class WandbMode(Enum):
     auto = "auto"  # online when a key is set, else offline
     offline = "offline"
@@ -339,6 +349,8 @@ class CheckpointConfig:
 
 @dataclass
 class WeightsConfig:
+    transport: Transport = Transport.auto  # auto | shared_memory | store | ipc | nccl
+    bucket_bytes: int = 134_217_728  # nccl: what a rank sends or receives at once; two such buckets are held
     verify_every: int = 1  # publications of which one is checked, each parameter by a checksum; 0 = never
     probe_every: int = 10  # and of which one is followed by a few samples that training scores too; 0 = never
     probe_bound: float = 0.2  # nats a token by which the two may differ in the mean
@@ -351,7 +363,6 @@ class RuntimeConfig:
     start_seconds: float = 120.0  # and so does starting a group
     threads_per_rank: int = 1  # torch threads of one rank on CPU
     object_store_bytes: int = 268_435_456
-    shared_memory: bool = True  # weights between processes of one host; false = through Ray's store
 
 
 @dataclass

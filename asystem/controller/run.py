@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from asystem.config import Config, PlacementKind
 from asystem.controller.loop import Controller
 from asystem.controller.planning import resolve
 from asystem.data.task import load_task
+from asystem.errors import WorkerError
 from asystem.plugin import is_plugin, load_function
 from asystem.rollout import CURRICULA, Chance, Pool, PromptOrder
 from asystem.spmd import Runtime, make_runtime, spawn
+from asystem.state import choose_transport
 from asystem.tracking import Tracker, new_run_dir
 from asystem.workers import GenerateWorker, HybridWorker, RewardWorker, TrainWorker
 from asystem.workers.build import check_model
@@ -97,6 +100,8 @@ def spawn_groups(config: Config, runtime: Runtime, run_dir: Path) -> tuple[Train
     if config.placement.kind is PlacementKind.hybrid:
         hybrid = spawn(HybridWorker, config, run_dir, name="hybrid", ranks=training.ranks, runtime=runtime, gpus=gpus)
         return hybrid, hybrid, rewarders
+    transport = choose_transport(config, gpus=gpus if runtime.num_gpus else 0.0, one_host=runtime.one_host)
+    config = replace(config, weights=replace(config.weights, transport=transport))
     trainers = spawn(
         TrainWorker,
         config,
@@ -143,11 +148,35 @@ def summarize(controller: Controller | None) -> dict[str, Any]:
 
 
 async def _until_first_failure(controller: Controller) -> None:
-    """Task groups wrap what ended them, group in group; a user wants the first cause alone."""
+    """Task groups wrap what ended them, group in group; a user wants the first cause alone, and what was trained."""
     try:
         await controller.run()
-    except BaseExceptionGroup as group:
-        error: BaseException = group
+    except (Exception, BaseExceptionGroup) as raised:
+        error: BaseException = raised
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
+        if isinstance(error, Exception):
+            error = _with_both_sides(error, controller, await _rescue(controller))
         raise error from None
+
+
+async def _rescue(controller: Controller) -> int | None:
+    """Saves training where its ranks still stand and have trained; returns the step, None = nothing was saved."""
+    if controller.version or controller.config.training.warmup.steps:
+        with suppress(Exception):  # of two failures the first one counts
+            return await controller.trainers.save(None, None)
+    return None
+
+
+def _with_both_sides(error: Exception, controller: Controller, saved: int | None) -> Exception:
+    """A rank that was lost when it took weights over: whose weights these were, and where they still are."""
+    if not isinstance(error, WorkerError) or error.method != "load_weights":
+        return error
+    ranks = range(controller.config.training.ranks)
+    reason = f"{error.reason}; it was to take version {controller.version} over from trainers "
+    reason += f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    reason += "" if saved is None else f", which saved checkpoints/step-{saved:06d}"
+    found = type(error)(error.group, error.rank, error.host, error.method, reason)
+    for note in getattr(error, "__notes__", ()):
+        found.add_note(note)
+    return found

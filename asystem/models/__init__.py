@@ -22,7 +22,7 @@ from asystem.models.peft import adapter_state, check_lora, load_adapter, save_ad
 from asystem.models.pieces import Box, Held, Piece, local_piece
 from asystem.models.quantized import QuantizedLinear, quantize
 from asystem.models.spec import ModelSpec, RopeScaling, read_spec, spec_from_config, spec_from_hf, spec_to_hf
-from asystem.models.weights import weight_pieces, writing
+from asystem.models.weights import plain_parameters, weight_pieces, writing
 
 __all__ = [
     "Attend",
@@ -57,6 +57,7 @@ __all__ = [
     "local_piece",
     "merge",
     "decoding_copy",
+    "plain_parameters",
     "plain_weights",
     "quantize",
     "read_spec",

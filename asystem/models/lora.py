@@ -170,6 +170,7 @@ class PlainWeight:
     Attributes:
         source: the parameter, or the layer whose merged weight it is.
         piece: where the model is cut over ranks, the one of its blocks that this stands for.
+        frozen: it stays as it is for good, since adapters train alone.
     """
 
     name: str
@@ -177,6 +178,7 @@ class PlainWeight:
     dtype: torch.dtype
     source: nn.Parameter | LoraLinear
     piece: Piece | None = None
+    frozen: bool = False
 
     def value(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole tensor, rounded once, to ``dtype`` (None = its own). Collective where weights are sharded."""
@@ -189,6 +191,11 @@ class PlainWeight:
     def box(self) -> Box:
         """Where this rank's part of it lies in the whole."""
         return self.source.box if isinstance(self.source, LoraLinear) else self.local()[0]
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it is computed anew at each `local`."""
+        return isinstance(self.source, LoraLinear)
 
     def local(self) -> tuple[Box, Tensor]:
         """What this rank has of it, and where in the whole that lies. Collective where adapters are sharded."""
@@ -218,7 +225,10 @@ def plain_weights(model: nn.Module) -> list[PlainWeight]:
             continue
         else:
             named = list(module.named_parameters(prefix=name, recurse=False))
-        weights += [PlainWeight(name, tuple(param.shape), param.dtype, param) for name, param in named]
+        weights += [
+            PlainWeight(name, tuple(param.shape), param.dtype, param, frozen=bool(frozen) and not param.requires_grad)
+            for name, param in named
+        ]
     return weights
 
 

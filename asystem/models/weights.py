@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asystem.models.decoder import Decoder
 from asystem.models.pieces import Piece
@@ -26,6 +26,12 @@ def weight_pieces(model: Decoder) -> dict[str, tuple[tuple[int, ...], Sequence[P
         else:
             found[name] = shape, [Piece.whole(shape)]
     return found
+
+
+def plain_parameters(model: Decoder) -> dict[str, nn.Parameter]:
+    """The parameters that are written as they are sent: all but matrices in 8 bits."""
+    named = model.named_parameters()
+    return {n: p for n, p in named if not n.endswith("channel_scale") and _owner(model, n)[0] is None}
 
 
 @contextmanager

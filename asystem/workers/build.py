@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from asystem.config import Config, ModelConfig
+from asystem.config import Config, ModelConfig, Transport
 from asystem.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from asystem.errors import ConfigError, DataError
 from asystem.models import (
@@ -24,6 +27,9 @@ from asystem.models import (
     spec_from_config,
 )
 from asystem.plugin import resolve
+from asystem.state import Inbox, Outbox, StreamInbox, StreamOutbox, Terms
+
+PATIENCE = 0.9  # of the deadline: who waited in vain says for whom before it is itself overdue
 
 
 def pick_device(config: Config) -> torch.device:
@@ -140,6 +146,33 @@ def replica_part(rank: int, ranks: int, size: int) -> Shard | None:
         return None
     groups = [dist.new_group(list(range(first, first + size))) for first in range(0, ranks, size)]
     return Shard(rank % size, size, groups[rank // size])
+
+
+class Reader(Protocol):
+    """Takes over what all ranks of training have handed over, of the transport's own kind."""
+
+    def read(self, payloads: Sequence[Any]) -> None: ...
+
+
+def build_outbox(
+    config: Config, model: nn.Module, dtype: torch.dtype, device: torch.device, rank: int
+) -> Outbox | StreamOutbox:
+    """What a rank of training publishes its weights with, in ``dtype``."""
+    weights = config.weights
+    if weights.transport is Transport.nccl:
+        return StreamOutbox(model, dtype, weights.verify_every, rank, _terms(config, device))
+    return Outbox(model, dtype, weights.verify_every, weights.transport, rank)
+
+
+def build_inbox(config: Config, model: Decoder, device: torch.device, rank: int) -> Reader:
+    """What a rank of generation takes published weights over with."""
+    stream = config.weights.transport is Transport.nccl
+    return StreamInbox(model, rank, _terms(config, device)) if stream else Inbox(model)
+
+
+def _terms(config: Config, device: torch.device) -> Terms:
+    ranks, seconds = (config.training.ranks, config.generation.ranks), PATIENCE * config.runtime.deadline_seconds
+    return Terms(*ranks, device, seconds, config.weights.bucket_bytes)
 
 
 def check_model(config: Config) -> tuple[ModelSpec, Tokenizer]:

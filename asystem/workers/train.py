@@ -21,12 +21,12 @@ from asystem.data.task import Row, load_task
 from asystem.errors import PublicationError
 from asystem.models import Decoder
 from asystem.spmd import Collect, Dispatch, Worker, remote, store
-from asystem.state import Outbox, WeightPayload
+from asystem.state import Published
 from asystem.stats import Stats, merge
 from asystem.tracking.rollouts import RolloutWriter
 from asystem.training import Meter, Ranks, Saver, TrainEngine, describe_model, supervised_loss, with_token_advantages
 from asystem.types import Ref, Trajectory
-from asystem.workers.build import build_tokenizer, build_trained, pick_device, pick_dtype
+from asystem.workers.build import build_outbox, build_tokenizer, build_trained, pick_device, pick_dtype
 
 
 class TrainWorker(Worker):
@@ -71,8 +71,8 @@ class TrainWorker(Worker):
         self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
         wire_dtype = pick_dtype(config.generation.dtype, device)
-        self._outbox = Outbox(self.trainer.model, wire_dtype, config.weights.verify_every, self.rank)
-        self._warm_ups = 0
+        self._outbox = build_outbox(config, self.trainer.model, wire_dtype, device, self.rank)
+        self._warm_ups = self._steps = 0  # supervised; of the run
         self._columns: dict[int, tuple[list[float], list[int]]] = {}
         writes = config.tracking.rollouts and self.trainer.ranks.is_first
         self._writer = RolloutWriter(self.run_dir / "rollouts", self.rank) if writes else None
@@ -99,6 +99,7 @@ class TrainWorker(Worker):
         if self._writer is not None:
             records = [self._record(row, trajectories[row.rollout]) for row in batch.rows]
             self._writer.write(batch.version + 1, records)
+        self._steps = batch.version + 1
         return stats
 
     @remote(Dispatch.BROADCAST, Collect.SUM)
@@ -134,10 +135,11 @@ class TrainWorker(Worker):
             self.trainer.keep_reference()
 
     @remote(Dispatch.BROADCAST, Collect.GATHER)
-    async def export_weights(self) -> list[Ref[WeightPayload]]:
-        """Each rank's part of the present weights behind a reference, in the dtype that generation wants.
+    async def export_weights(self) -> list[Ref[Published]]:
+        """Each rank's part of the present weights behind a reference, in the dtype that generation wants: written, or
+        with `weights.transport=nccl` announced, and sent by a thread as soon as generation is there to receive.
 
-        They must have been loaded before the next call.
+        They must have been loaded before the weights change, and before the next call.
         """
         return [store.put(self._outbox.write())]
 
@@ -166,23 +168,30 @@ class TrainWorker(Worker):
         return mean
 
     @remote(Dispatch.BROADCAST)
-    async def save(self, step: int, score: float | None) -> None:
-        """Begins a checkpoint of all training state and lets training go on; the last step's is complete on return.
+    async def save(self, step: int | None, score: float | None) -> int:
+        """Begins a checkpoint of all training state and lets training go on; the last one is complete on return.
 
         Args:
+            step: optimizer steps of the run so far; None = the run ends here, at however many there were.
             score: of these weights on held-out data, the higher the better; None = not measured.
 
         Adapters are also written as a PEFT folder, the run's `adapter/`.
+
+        Returns:
+            the step.
         """
         self.begin_training()
+        is_last = step is None or step == self.config.steps
+        step = self._steps if step is None else step
         if self._writer is not None:
             self._writer.flush()
-        if step < self.config.steps or self.config.checkpoint.at_end:
+        if not is_last or self.config.checkpoint.at_end:
             self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
-        if step == self.config.steps:
+        if is_last:
             self.saver.wait()
         if self.config.training.lora.rank > 0:
             self.trainer.save_adapter(self.run_dir / "adapter", self.config.model.path)
+        return step
 
     def _step(self, micro_batches: Sequence[PackedBatch]) -> Stats:
         def loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor, *values: Tensor) -> tuple[Tensor, Stats]:

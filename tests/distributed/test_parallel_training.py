@@ -16,10 +16,10 @@ from torch import Tensor
 
 from asystem.config import AlgorithmConfig, Recompute, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack
-from asystem.models import Decoder, ModelSpec, MoESpec, init_weights
+from asystem.models import Decoder, ModelSpec, MoESpec, init_weights, load_model, save_model
 from asystem.state import Inbox, Outbox
 from asystem.stats import merge
-from asystem.training import TrainEngine, TrainingPlan, supervised_loss, with_token_advantages
+from asystem.training import Ranks, TrainEngine, TrainingPlan, supervised_loss, with_token_advantages
 from asystem.training.states import local
 
 VOCAB, STEPS, ALL = 23, 5, [0, 1, 2, 3, 4]
@@ -51,17 +51,24 @@ CASES = {
 }
 
 
-def _engine(case: Case, world: int, *, value_head: bool = False) -> TrainEngine:
-    model = Decoder(SPECS[case.kind])
+def _model(kind: str) -> Decoder:
+    model = Decoder(SPECS[kind])
     init_weights(model, 0, std=0.2)
     with torch.no_grad():  # so that parts of them differ
         for number, (name, p) in enumerate(model.named_parameters()):
             if p.ndim == 1 and not name.endswith("router.bias"):
                 p.add_(0.3 * torch.randn(len(p), generator=torch.Generator().manual_seed(number)))
+    return model
+
+
+def _engine(case: Case, world: int, *, value_head: bool = False, saved: Path | None = None) -> TrainEngine:
     experts = {"expert_bias_rate": 0.02, "router_z_coefficient": 0.1} if case.kind == "experts" else {}
     choices = experts | (case.choices if world > 1 else {})
     cfg = TrainingConfig(lr=1e-2, eps=1e-3, clip_norm=0.5, **choices)
-    return TrainEngine(model, cfg, device="cpu", world_size=world, total_steps=10, value_head=value_head)
+    ranks = Ranks.of(cfg, world)
+    model = _model(case.kind) if saved is None else load_model(saved, part=ranks.shard)
+    options: dict[str, Any] = {"world_size": world, "value_head": value_head, "ranks": ranks}
+    return TrainEngine(model, cfg, device="cpu", total_steps=10, **options)
 
 
 def _micro(rows: list[int], moe: MoESpec | None = None) -> list[PackedBatch]:
@@ -103,6 +110,15 @@ def _resumed(case: Case, checkpoint: Path) -> dict[str, Any]:
     return {"payload": Outbox(engine.model, rank=engine.rank).write()}
 
 
+def _from_folder(case: Case, saved: Path) -> dict[str, Any]:
+    """Each rank reads its part alone."""
+    engine = _engine(case, case.world, saved=saved)
+    rows = SHARES[engine.ranks.data][engine.ranks.data_rank]
+    for _ in range(STEPS):
+        engine.step(_micro(rows, engine.spec.moe), supervised_loss)
+    return {"payload": Outbox(engine.model, rank=engine.rank).write()}
+
+
 def _advantages(rank: int | None) -> list[Tensor]:
     case = CASES["tensor"]
     engine = _engine(case, 1 if rank is None else case.world, value_head=True)
@@ -120,7 +136,9 @@ def _rank(rank: int, folder: Path) -> None:
         store = dist.FileStore(str(folder / f"store{world}"), world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
         results |= {name: _scenario(case, folder / name) for name, case in CASES.items() if case.world == world}
-        if world == 2:
+        if world == 4:
+            results["from folder"] = _from_folder(CASES["expert x tensor"], folder / "saved")
+        else:
             results["to fsdp"] = _resumed(Case(2, "experts"), folder / "expert x tensor")
             results["to tensor"] = _resumed(CASES["tensor, experts"], folder / "expert x fsdp")
             results["advantages"] = _advantages(rank)
@@ -131,6 +149,7 @@ def _rank(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("parallel")
+    save_model(_model("experts"), SPECS["experts"], path / "saved")
     mp.spawn(_rank, (path,), nprocs=4)  # type: ignore[no-untyped-call]
     return path
 
@@ -182,6 +201,10 @@ def test_a_checkpoint_of_ranks_resumes_in_one_process(folder: Path, alone: dict[
 @pytest.mark.parametrize("name", ["to fsdp", "to tensor"])
 def test_a_checkpoint_resumes_under_another_sharding(folder: Path, alone: dict[str, Any], name: str) -> None:
     _assert_sent(_results(folder, name, 2), alone["experts"][0])
+
+
+def test_ranks_that_read_their_parts_of_a_folder_equal_one_process(folder: Path, alone: dict[str, Any]) -> None:
+    _assert_sent(_results(folder, "from folder", 4), alone["experts"][0])
 
 
 def test_advantages_count_rows_once_that_ranks_share(folder: Path) -> None:

@@ -232,6 +232,7 @@ def changed(config: Config, override: str) -> Config:
         ("training.lora.base=int4", 'training.lora.base="int4": choose auto, int8 or nf4'),
         ("training.lora.dropout=1", "training.lora.dropout=1 must lie in [0, 1)"),
         ("training.lora.adapter=a/b", "training.lora.adapter=a/b needs adapters to train: set training.lora.rank"),
+        ("weights.bucket_bytes=1", "weights.bucket_bytes=1 is below 4096"),
         ("reward.max_error_share=2", "reward.max_error_share=2 must lie between 0 and 1"),
     ],
 )
@@ -307,6 +308,13 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
             "training.ranks=4 is no multiple of training.tensor_parallel=2 x training.expert_parallel=4; use 8",
         ),
         (
+            [
+                *("recipe=quickstart", "placement=hybrid", "training.ranks=2", "generation.ranks=2"),
+                "training.tensor_parallel=2",
+            ],
+            "ranks have parts of the layers alone: use placement=split",
+        ),
+        (
             ["recipe=quickstart", "training.ranks=2", "training.tensor_parallel=2", "training.lora.rank=2"],
             "training.tensor_parallel=2 cuts matrices over ranks, and adapters",
         ),
@@ -330,6 +338,9 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
             "generation.tensor_parallel=2 needs a process for each rank: use runtime=ray",
         ),
         (["recipe=quickstart", "placement=hybrid", "generation.ranks=2"], "use placement=split"),
+        (["recipe=quickstart", "placement=hybrid", "weights.transport=ipc"], "has one copy of them: use auto"),
+        (["recipe=quickstart", "device=cpu", "weights.transport=ipc"], "device=cpu: use shared_memory"),
+        (["recipe=quickstart", "runtime=inline", "weights.transport=nccl"], "needs a process for each rank: use"),
         (
             ["recipe=quickstart", "training.expert_bias_rate=0.01", "training.lora.rank=2"],
             "moves weights that training.lora.rank=2 freezes: set one of them to 0",
