@@ -14,6 +14,10 @@ from asystem.models import Box, Piece
 from asystem.spmd import Buffer, DeviceBuffer
 from asystem.state.plan import Holdings, Layout
 
+Pair = tuple[Tensor, Tensor]
+"""A view to write, and one of the same shape to read."""
+
+SMALL = 1 << 20  # bytes; copies below are launched together
 ALIGNMENT = 64  # bytes; a block starts where any dtype may be read
 
 
@@ -108,3 +112,13 @@ def dtype_named(name: str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ModelError(f'weights were sent in the unknown dtype "{name}"')
     return found
+
+
+def copy_all(pairs: Sequence[Pair]) -> None:
+    """Copies into the first of each pair from the second, whatever the dtypes."""
+    small = [pair for pair in pairs if pair[0].nbytes < SMALL]
+    for target, source in pairs:
+        if target.nbytes >= SMALL:
+            target.copy_(source)
+    if small:
+        torch._foreach_copy_([target for target, _ in small], [source for _, source in small])

@@ -129,7 +129,7 @@ def test_a_layer_left_out_and_two_that_changed_places_are_found(monkeypatch: pyt
     inbox = Inbox(model)
     inbox.read([payload])
     init_weights(model, 3)
-    monkeypatch.setattr("asystem.state.inbox._copy", lambda pairs: None)
+    monkeypatch.setattr("asystem.state.inbox.copy_all", lambda pairs: None)
     with pytest.raises(PublicationError, match=r"embed\.weight is not what was sent: it was written wrongly"):
         inbox.read([payload])
 
@@ -182,7 +182,7 @@ def test_two_experts_that_changed_places_are_found(monkeypatch: pytest.MonkeyPat
         for into, block in pairs:
             into.copy_(block[[0, 4, 2, 3, 1, 5]] if into.data_ptr() == experts.data_ptr() else block)
 
-    monkeypatch.setattr("asystem.state.inbox._copy", swapping)
+    monkeypatch.setattr("asystem.state.inbox.copy_all", swapping)
     with pytest.raises(
         PublicationError, match=name.replace(".", r"\.") + " is not what was sent: it was written wrong"
     ):
