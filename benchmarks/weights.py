@@ -288,6 +288,7 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> list[Row]:
 def figures(
     label: str, found: Times, name: str, case: Case, copied: float, floor: float, *, is_marked: bool
 ) -> Iterator[Row]:
+    """Rows of some publications; ``floor`` is what the link would need for all that is sent, seconds."""
     is_gpu, is_stream = case.device == "cuda", case.transport is Transport.nccl
     note = f"{found.size / 1e9:.3g} GB in {found.whole * 1e3:.3g} ms, of them the ranks' work {found.work * 1e3:.3g} ms"
     yield row(label, found.size / found.whole / 1e9, "GB/s", note=note)
