@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +44,22 @@ class Place:
         return flat[self.offset : self.end].view(dtype_named(self.dtype)).view(self.box.shape)
 
 
+class Places(tuple[Place, ...]):
+    """Of one buffer. They travel with each publication, and whoever knows them already gets the same object."""
+
+    _blob: bytes | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._blob is None:
+            self._blob = pickle.dumps(tuple(self))
+        return _known_places, (self._blob,)
+
+
+@lru_cache(maxsize=64)
+def _known_places(blob: bytes) -> Places:
+    return Places(pickle.loads(blob))
+
+
 @dataclass(frozen=True, slots=True)
 class WeightPayload:
     """One rank's part of a model's weights.
@@ -58,9 +77,9 @@ class WeightPayload:
     frozen: WeightPayload | None = None
 
     @property
-    def num_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Of its buffers, padding included."""
-        return self.buffer.nbytes + (0 if self.frozen is None else self.frozen.num_bytes)
+        return self.buffer.nbytes + (0 if self.frozen is None else self.frozen.nbytes)
 
     def parts(self) -> Iterator[WeightPayload]:
         """Itself, and what is frozen where that came along."""
@@ -88,13 +107,13 @@ class WeightPayload:
         return [place.of(flat) for place in self.places]
 
 
-def lay_out(blocks: Sequence[tuple[str, tuple[int, ...], Box, torch.dtype]]) -> tuple[Place, ...]:
+def lay_out(blocks: Sequence[tuple[str, tuple[int, ...], Box, torch.dtype]]) -> Places:
     """Places of blocks (name, shape of the whole, box, dtype) one after another."""
     places: list[Place] = []
     for name, shape, box, dtype in blocks:
         offset = aligned(places[-1].end) if places else 0
         places.append(Place(name, shape, box, str(dtype).removeprefix("torch."), offset))
-    return tuple(places)
+    return Places(places)
 
 
 def aligned(nbytes: int) -> int:
