@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from asystem.config import Config, Transport
+from asystem.config import Config, ModelConfig, Transport
 from asystem.controller.run import train
 from asystem.errors import ConfigError
 
@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize("transport", ["auto", "shared_memory", "store"])
 def test_a_trainer_and_a_generator_publish(small_run: Config, transport: str, lora_rank: int) -> None:
     small_run.device, small_run.steps, small_run.weights.transport = "cuda", 2, Transport(transport)
+    small_run.model = ModelConfig(num_layers=2)  # heads of 32, as kernels want them
     small_run.generation.kv_tokens, small_run.training.lora.rank = 4096, lora_rank
     small_run.weights.probe_every = 1
     assert train(small_run)["steps"] == 2
@@ -31,6 +32,7 @@ def test_a_trainer_and_a_generator_publish(small_run: Config, transport: str, lo
 @pytest.mark.parametrize("transport", ["nccl", "ipc"])
 def test_two_trainers_and_a_generator_of_two_ranks_publish(small_run: Config, transport: str) -> None:
     small_run.device, small_run.steps, small_run.weights.transport = "cuda", 2, Transport(transport)
+    small_run.model = ModelConfig(num_layers=2)  # heads of 32, as kernels want them
     small_run.training.ranks = small_run.generation.ranks = small_run.generation.tensor_parallel = 2
     small_run.generation.kv_tokens, small_run.weights.probe_every = 4096, 1
     assert train(small_run)["steps"] == 2
