@@ -6,6 +6,8 @@ Only overrides, and the configuration is composed and checked here, in words of 
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import re
 import sys
@@ -26,6 +28,8 @@ USAGE = f"""asystem {__version__}: asynchronous reinforcement learning of langua
       --multirun   one run for each combination of comma-separated values
       --cfg job    show the configuration and start nothing
       --help       Hydra's help: groups, options and flags
+  asystem plan recipe=NAME [...] [--gpus N] [--memory GIB] [--card NAME] [--prompt N] [--new N] [--json]
+                                                                  memory and time by phase, and what would be chosen
   asystem export RUN_OR_CHECKPOINT OUT [best] [dtype=DTYPE]       write a Hugging Face folder
   asystem report RUN_FOLDER                                       write its report.html anew
   asystem replay RUN_FOLDER                                       repeat a run, act by act, and compare every metric
@@ -104,7 +108,7 @@ def _with_hydra(command: str, arguments: list[str]) -> None:
         load_config(args.overrides)
         args.overrides = complete_overrides(args.overrides)
     if "COMP_LINE" in os.environ:  # Hydra completes what follows the program's name, which for it is `asystem train`
-        os.environ["COMP_LINE"] = re.sub(r" (train|sft|dpo) ", " ", os.environ["COMP_LINE"], count=1)
+        os.environ["COMP_LINE"] = re.sub(r" (train|sft|dpo|plan) ", " ", os.environ["COMP_LINE"], count=1)
     sys.argv = ["asystem", *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, instead of a traceback to the screen
     try:
@@ -162,10 +166,43 @@ def _export(arguments: list[str]) -> None:
     print(f"{checkpoint} -> {paths[1]} ({export_checkpoint(checkpoint, Path(paths[1]), dtype)})")
 
 
+def _plan(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="asystem plan", add_help=False, allow_abbrev=False)
+    parser.error = _refuse_plan_flag  # type: ignore[method-assign]
+    parser.add_argument("--gpus", type=int)
+    parser.add_argument("--memory", type=float, metavar="GIB")
+    parser.add_argument("--card")
+    parser.add_argument("--prompt", type=int)
+    parser.add_argument("--new", type=int)
+    parser.add_argument("--json", action="store_true")
+    options, recipe = parser.parse_known_args(arguments)
+    if unknown := [argument for argument in recipe if argument.startswith("-")]:
+        _refuse_plan_flag(f"unrecognized arguments: {' '.join(unknown)}")
+    from asystem.compose import load_config
+
+    config = load_config(recipe)
+    from asystem.controller.planning import as_json, plan_run, show
+    from asystem.memory import machine_of
+
+    named = options.gpus is not None or options.memory is not None or options.card is not None
+    gpus = 1 if options.gpus is None else options.gpus
+    machine = machine_of(gpus, options.memory, options.card) if named else None
+    plan = plan_run(config, machine, prompt=options.prompt, new=options.new)
+    if options.json:
+        print(json.dumps(as_json(config, plan), indent=2))
+    else:
+        show(config, plan)
+
+
+def _refuse_plan_flag(message: str) -> NoReturn:
+    raise ConfigError(f"{message}; asystem plan takes --gpus N, --memory GIB, --card NAME, --prompt N, --new N, --json")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": partial(_train, "train"),
     "sft": partial(_train, "sft"),
     "dpo": partial(_train, "dpo"),
+    "plan": _plan,
     "export": _export,
     "report": _report,
     "replay": _replay,

@@ -22,6 +22,15 @@ class RuntimeKind(Enum):
 class PlacementKind(Enum):
     split = "split"  # generation and training own different devices
     hybrid = "hybrid"  # each worker holds both over one copy of the weights
+    auto = "auto"  # what `asystem plan` would choose, with its ranks and sizes
+
+
+class Sleep(Enum):
+    """Whether a hybrid worker's phases take turns in the GPU's memory."""
+
+    auto = "auto"  # where both do not fit together
+    never = "never"
+    always = "always"
 
 
 class BudgetCounts(Enum):
@@ -162,6 +171,8 @@ class DataConfig:
     name: str = "task"  # names the metric eval/<name>/accuracy
     max_prompt_tokens: int = 1024
     shuffle: bool = True
+    curriculum: str = "none"  # none | unsolved | pass_rate | file.py:function: which prompts are asked again
+    curriculum_visits: int = 2  # groups of a prompt, the last ones, that this looks at; it is asked until then
 
 
 @dataclass
@@ -177,6 +188,10 @@ class AlgorithmConfig:
     value_clip: float | None = 0.2  # gae: by which a value may move from the old one a batch; null = no clip
     overlong_buffer: int = 0  # tokens before max_new_tokens in which the reward falls by up to 1 (DAPO); 0 = none
     drop_equal_groups: bool = False  # leave groups of equal rewards out of batch and denominators (DAPO)
+    group_filter: str | None = None  # file.py:function(rewards, lengths) -> whether a group trains; null = each does
+    # groups with signal that a batch waits for, window after window (DAPO's dynamic sampling); 0 = one window's
+    dynamic_sampling: int = 0
+    dynamic_windows: int = 4  # windows that a batch may take for them, of up to rollout.capacity new rollouts each
     surrogate: str = "ppo"  # ppo | gspo | cispo | reinforce
     anchor: Anchor = Anchor.proximal  # what the surrogate's ratio is taken against
     clip_low: float = 0.2  # ε of the clipped surrogate below 1
@@ -190,9 +205,18 @@ class AlgorithmConfig:
     mis_cap: float = 2.0  # of a response's product of ratios
     geometric_band: tuple[float, float] = (0.99, 1.01)  # of a response's geometric mean ratio
     normalizer: Normalizer = Normalizer.response
+    routing_replay: bool = False  # train with the experts that generation chose; needs generation.return_routing
     kl_coefficient: float = 0.0  # of the KL to the weights that RL started from; 0 = no reference is held
     kl_estimator: KLEstimator = KLEstimator.k3
     entropy_coefficient: float = 0.0  # of the entropy bonus
+
+
+@dataclass
+class LengthsConfig:
+    """For studies of speed: response lengths drawn from a log-normal distribution, whatever the model says."""
+
+    median: float | None = None  # tokens, cut at max_new_tokens; end tokens are then ignored; null = they end responses
+    sigma: float = 1.0  # of the logarithm
 
 
 @dataclass
@@ -207,6 +231,7 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     slice_steps: int = 16  # decode steps between two reports to the controller
+    lengths: LengthsConfig = field(default_factory=LengthsConfig)
 
 
 @dataclass
@@ -250,6 +275,8 @@ class LoraConfig:
 @dataclass
 class TrainingConfig:
     ranks: int = 1  # FSDP2 over them when more than 1
+    tensor_parallel: int = 1  # ranks that share every layer, and rows; each has a part of its heads and its MLP's width
+    expert_parallel: int = 1  # ranks that the experts are spread over; each has rows of its own
     micro_batch_tokens: int = 8192  # packed tokens of one forward and backward
     minibatches: int = 1  # optimizer steps per batch
     lr: float = 1e-6
@@ -260,12 +287,18 @@ class TrainingConfig:
     schedule: Schedule = Schedule.constant
     lr_warmup_steps: int = 0
     dtype: str = "auto"  # of the forward pass; reductions over ranks are float32
+    head_dtype: str = "auto"  # of logits: auto = as dtype | float32, as generation.head_dtype
     max_bad_steps: int = 5  # steps in a row with a NaN or infinite gradient before the run stops
     optimizer: Optimizer = Optimizer.adamw
     master: Master = Master.float32  # how weights are kept between steps
     offload_optimizer: bool = False  # on CUDA: float32 masters and moments in the host's memory; one rank
+    keep_logits: bool = False  # of a micro-batch until its backward pass, which else computes them again
+    # on CUDA, beside offload_optimizer and with recompute: blocks' weights in the host's memory, streamed; one rank
+    offload_parameters: bool = False
     recompute: Recompute = Recompute.none  # which activations the backward pass computes anew
     compile: Compile = Compile.auto  # torch.compile of the blocks, attention left out
+    balance_coefficient: float = 0.0  # of the loss that pulls routers towards equal load of experts; 0 = none
+    router_z_coefficient: float = 0.0  # of the loss that keeps routers' logits small; 0 = none
     expert_bias_rate: float = 0.0  # Ling 2.0: each step moves experts' biases by so much to equal load; 0 = frozen
     lora: LoraConfig = field(default_factory=LoraConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
@@ -309,6 +342,7 @@ class EvaluationConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 0  # optimizer steps; 0 = only at the end
+    at_end: bool = True  # of the last step too; false, and every: 0 = none at all, for studies of speed
     keep_last: int = 2
     keep_best: int = 0  # beside the last ones, those that scored best; only steps that were evaluated have a score
 
@@ -335,6 +369,7 @@ class RuntimeConfig:
 class PlacementConfig:
     kind: PlacementKind = PlacementKind.split
     spread: bool = False  # put the groups on different nodes where there are several
+    sleep: Sleep = Sleep.auto  # hybrid: a phase's memory lies in the host's while the other runs (docs/memory.md)
 
 
 @dataclass

@@ -13,9 +13,11 @@ from typing import Any
 from asystem.algorithms import choose
 from asystem.config import Config, PlacementKind
 from asystem.controller.loop import Controller
+from asystem.controller.planning import resolve
 from asystem.data.task import load_task
 from asystem.errors import WorkerError
-from asystem.rollout import Pool, PromptOrder
+from asystem.plugin import is_plugin, load_function
+from asystem.rollout import CURRICULA, Chance, Pool, PromptOrder
 from asystem.spmd import Runtime, make_runtime, spawn
 from asystem.state import choose_transport
 from asystem.tracking import Tracker, new_run_dir
@@ -31,20 +33,27 @@ def train(config: Config, make_controller: Callable[..., Controller] = Controlle
 
     Raises:
         DataError, ModelError: before anything starts, if the dataset or the model folder cannot be used.
+        CapacityError: no placement fits this machine.
         AsystemError: what ended the run; its folder is complete up to then.
     """
     task = load_task(config.data, config.recipe_dir)
     choose(config.algorithm, config.recipe_dir)
+    if config.algorithm.group_filter is not None:
+        load_function(config.algorithm.group_filter, config.recipe_dir, key="algorithm.group_filter")
+    pool = make_pool(config, len(task.train))
     check_model(config)
+    config, reasons = resolve(config)
     run_dir = new_run_dir(config)
     tracker = Tracker(config, run_dir)
+    if config.tracking.console:
+        for reason in reasons:
+            print(f"plan: {reason}")
     controller: Controller | None = None
     with (
         ending(tracker, lambda: summarize(controller)),
         make_runtime(config.runtime, config.placement, on_call=tracker.call) as runtime,
     ):
         trainers, generators, rewarders = spawn_groups(config, runtime, run_dir)
-        pool = make_pool(config, len(task.train))
         controller = make_controller(config, trainers, generators, rewarders, pool, tracker)
         asyncio.run(_until_first_failure(controller))
     return tracker.finish("finished", {})
@@ -65,9 +74,17 @@ def ending(tracker: Tracker, figures: Callable[[], dict[str, Any]]) -> Iterator[
 
 
 def make_pool(config: Config, num_prompts: int) -> Pool:
-    """The rollout pool that the configuration asks for."""
+    """The rollout pool that the configuration asks for.
+
+    Raises:
+        ConfigError, DataError: the recipe has no such curriculum.
+    """
+    data, name = config.data, config.data.curriculum
+    chance: Chance | None = CURRICULA.get(name)
+    if is_plugin(name):
+        chance = load_function(name, config.recipe_dir, key="data.curriculum")
     return Pool(
-        PromptOrder(num_prompts, seed=config.seed, shuffle=config.data.shuffle),
+        PromptOrder(num_prompts, seed=config.seed, shuffle=data.shuffle, chance=chance, memory=data.curriculum_visits),
         group_size=config.algorithm.group_size,
         capacity=config.rollout.capacity,
         retention=config.rollout.retention,
@@ -85,7 +102,16 @@ def spawn_groups(config: Config, runtime: Runtime, run_dir: Path) -> tuple[Train
         return hybrid, hybrid, rewarders
     transport = choose_transport(config, gpus=gpus if runtime.num_gpus else 0.0, one_host=runtime.one_host)
     config = replace(config, weights=replace(config.weights, transport=transport))
-    trainers = spawn(TrainWorker, config, run_dir, name="trainers", ranks=training.ranks, runtime=runtime, gpus=gpus)
+    trainers = spawn(
+        TrainWorker,
+        config,
+        run_dir,
+        name="trainers",
+        ranks=training.ranks,
+        runtime=runtime,
+        replica_ranks=training.tensor_parallel,
+        gpus=gpus,
+    )
     generators = spawn(
         GenerateWorker,
         config,

@@ -30,6 +30,10 @@ class CpuRunner:
         self._step = self._fixed()
         self._version: int | None = None
 
+    def moved(self) -> None:
+        """They are looked up before the next step."""
+        self._version = None
+
     def prefill(self, prefills: Sequence[Prefill], context: StepContext) -> None:
         self._eager.prefill(prefills, context)
 

@@ -17,7 +17,7 @@ from asystem.config import BudgetCounts, GenerationConfig, KVOnUpdate
 from asystem.errors import ConfigError, DataError
 from asystem.generation.blocks import BlockPool
 from asystem.generation.cpu import CpuRunner, is_supported
-from asystem.generation.kv_cache import KVCache
+from asystem.generation.kv_cache import KVCache, Memory
 from asystem.generation.memory import MemoryPlan, card_capacity, plan_memory
 from asystem.generation.routing import RoutingCache
 from asystem.generation.rows import FINISH, RUNNING, Rows
@@ -54,6 +54,7 @@ class Engine:
         seed: of all sampling; equal seeds draw equal tokens for equal rollout numbers.
         max_length: prompt and response tokens of the longest sequence.
         device: default is the model's.
+        memory: where the KV pool is to lie, as `KVCache` takes it.
 
     Raises:
         CapacityError: the KV pool does not hold one sequence of `max_length`, or does not fit on the GPU.
@@ -69,6 +70,7 @@ class Engine:
         seed: int,
         max_length: int,
         device: torch.device | str | None = None,
+        memory: Memory | None = None,
     ) -> None:
         spec, weight = model.spec, next(model.parameters())
         self.model, self.config, self.max_length, self.vocab_size = model, config, max_length, spec.vocab_size
@@ -81,7 +83,7 @@ class Engine:
         pool = BlockPool(self._plan.num_blocks, config.block_size)
         self.cache = KVCache(
             spec.num_layers, pool.num_blocks, spec.num_kv_heads, config.block_size, spec.head_dim,
-            weight.dtype, self.device,
+            weight.dtype, self.device, memory,
         )  # fmt: skip
         self.rows = Rows(
             config.max_running, max_length, pool.blocks_for(max_length), spec.vocab_size, seed, self.device
@@ -157,6 +159,16 @@ class Engine:
         self.scheduler.outdate()
         if self.config.kv_on_update is KVOnUpdate.recompute:
             self.scheduler.free_idle()
+
+    def rest(self) -> bool:
+        """Before the memory of its KV pool is taken away until the next call: whether unfinished rollouts need what is
+        in it. What nobody uses is forgotten; with `generation.kv_on_update=recompute`, what could be computed too."""
+        if self.config.kv_on_update is KVOnUpdate.recompute:
+            self._leave(range(len(self.scheduler.running)), State.WAITING)
+            self.scheduler.free_idle()
+        self.scheduler.pool.forget()
+        self.runner.moved()
+        return any(sequence.blocks for sequence in self.scheduler.unfinished)
 
     def plan(self) -> dict[str, int]:
         """Bytes that it takes at most: the model's weights, the KV pool, and what it computes with (workspace)."""

@@ -7,7 +7,8 @@ each layer: they write the new keys and values into the cache, then attend over 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from math import prod
 
 import numpy as np
 import torch
@@ -16,9 +17,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from asystem.models.attention import varlen_attention
 
+Memory = Callable[[int], Tensor]
+
 
 class KVCache:
-    """Keys and values of all layers: `data` is [layers, 2, blocks, kv heads, block_size, head_dim]."""
+    """Keys and values of all layers: `data` is [layers, 2, blocks, kv heads, block_size, head_dim].
+
+    Args:
+        memory: makes [bytes] uint8 of so many bytes on the device; None = PyTorch's allocator does.
+    """
 
     def __init__(
         self,
@@ -29,10 +36,14 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        memory: Memory | None = None,
     ) -> None:
         shape = (num_layers, 2, num_blocks, num_kv_heads, block_size, head_dim)
         # Zeros, not empty: a masked position's value is multiplied by 0, and 0 times a stray NaN is NaN.
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        if memory is None:
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
+        else:
+            self.data = memory(prod(shape) * dtype.itemsize).view(dtype).view(shape).zero_()
         self.num_kv_heads, self.block_size, self.head_dim = num_kv_heads, block_size, head_dim
         self._heads = torch.arange(num_kv_heads, device=device)
         self._tokens = self.data.view(num_layers, 2, -1, head_dim)  # one row a (block, head, offset)

@@ -39,16 +39,86 @@ class MemoryPlan:
         weights, kv: held throughout; kv with the routing, where that is returned.
         workspace: the running batch, and the most that a prefill and a step hold.
         num_blocks: KV blocks of the pool.
+        passing: what of the workspace is free again when a call ends: what a prefill computes with.
     """
 
     weights: int
     kv: int
     workspace: int
     num_blocks: int
+    passing: int = 0
 
     @property
     def total(self) -> int:
         return self.weights + self.kv + self.workspace
+
+
+class GenerationPlan:
+    """Plans pools of any size for an `Engine` with these arguments; `spec` is one rank's part of the model.
+
+    Args:
+        max_length: prompt and response tokens of the longest sequence. dtype: of weights and KV.
+        device: cuda or cpu. On a CPU, where memory is no fixed card, the workspace is the running batch alone.
+        weights: bytes of the model; None = those of `spec` in `dtype`.
+
+    Raises:
+        CapacityError: a pool of `config.kv_tokens` does not hold one sequence.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        config: GenerationConfig,
+        *,
+        max_length: int,
+        dtype: torch.dtype,
+        device: str = "cuda",
+        weights: int | None = None,
+    ) -> None:
+        self.config, self.max_length = config, max_length
+        size, given = config.block_size, config.kv_tokens
+        self.least = -(-max_length // size)  # blocks of one sequence
+        self.wanted = config.max_running * self.least if given is None else given // size
+        if self.wanted < self.least:
+            raise CapacityError(
+                f"generation.kv_tokens={given} holds {self.wanted} blocks of {size} tokens, but one sequence of "
+                f"{max_length} tokens needs {self.least}: set it to at least {self.least * size}"
+            )
+        token = 2 * spec.num_layers * spec.kv_size * dtype.itemsize
+        self.block = size * (token + (routing_bytes(spec) if config.return_routing else 0))
+        self.weights = spec.num_parameters * dtype.itemsize if weights is None else weights
+        held, self.passing = _workspace(spec, config, max_length, dtype, device)
+        self.workspace = held + self.passing
+
+    def fit(self, capacity: int | None = None) -> MemoryPlan:
+        """The plan within so many bytes for all of it; None = any number. Where `config.kv_tokens` is null, the pool
+        takes what is left, but no more than `config.max_running` sequences of `max_length` need.
+
+        Raises:
+            CapacityError: the pool does not hold one sequence, or one of `config.kv_tokens` does not fit.
+        """
+        num_blocks = self.wanted
+        if capacity is not None and num_blocks * self.block > capacity - self.weights - self.workspace:
+            left = max(0, capacity - self.weights - self.workspace)
+            self._check(left, capacity)
+            num_blocks = left // self.block
+        return MemoryPlan(self.weights, num_blocks * self.block, self.workspace, num_blocks, self.passing)
+
+    def _check(self, left: int, capacity: int) -> None:
+        config, given = self.config, self.config.kv_tokens
+        least, what = self.least * self.block, f"one sequence of {self.max_length} tokens"
+        remedy = "or the length of prompts and responses"
+        if given is not None:
+            least, what = self.wanted * self.block, f"generation.kv_tokens={given}"
+            remedy = f"or the pool, to {left // self.block * config.block_size} tokens"
+        if left < least:
+            raise CapacityError(
+                f"generation may take {_gib(capacity)} of the GPU (generation.memory_fraction="
+                f"{config.memory_fraction:g}): beside {_gib(self.weights)} of weights and {_gib(self.workspace)} of "
+                f"workspace {_gib(left)} are left for KV, but {what} needs {_gib(least)}; raise memory_fraction, or "
+                f"lower generation.prefill_tokens={config.prefill_tokens}, generation.max_running="
+                f"{config.max_running}, {remedy}"
+            )
 
 
 def plan_memory(
@@ -61,46 +131,9 @@ def plan_memory(
     weights: int | None = None,
     capacity: int | None = None,
 ) -> MemoryPlan:
-    """What an engine for this model takes; `spec` is one rank's part of it.
-
-    Args:
-        max_length: prompt and response tokens of the longest sequence. dtype: of weights and KV.
-        device: cuda or cpu. On a CPU, where memory is no fixed card, the workspace is the running batch alone.
-        weights: bytes of the model; None = those of `spec` in `dtype`.
-        capacity: bytes that there are for all of it; None = any number. Where `config.kv_tokens` is null, the pool
-            takes what is left, but no more than `config.max_running` sequences of `max_length` need.
-
-    Raises:
-        CapacityError: the pool does not hold one sequence, or a pool of `config.kv_tokens` does not fit.
-    """
-    size, given, needed = config.block_size, config.kv_tokens, -(-max_length // config.block_size)
-    num_blocks = config.max_running * needed if given is None else given // size
-    if num_blocks < needed:
-        raise CapacityError(
-            f"generation.kv_tokens={given} holds {num_blocks} blocks of {size} tokens, but one sequence of "
-            f"{max_length} tokens needs {needed}: set it to at least {needed * size}"
-        )
-    token = 2 * spec.num_layers * spec.kv_size * dtype.itemsize
-    block = size * (token + (routing_bytes(spec) if config.return_routing else 0))
-    weights = spec.num_parameters * dtype.itemsize if weights is None else weights
-    workspace = _workspace(spec, config, max_length, dtype, device)
-    if capacity is not None and num_blocks * block > capacity - weights - workspace:
-        left = max(0, capacity - weights - workspace)
-        least, what = needed * block, f"one sequence of {max_length} tokens"
-        remedy = "or the length of prompts and responses"
-        if given is not None:
-            least, what = num_blocks * block, f"generation.kv_tokens={given}"
-            remedy = f"or the pool, to {left // block * size} tokens"
-        if left < least:
-            raise CapacityError(
-                f"generation may take {_gib(capacity)} of the GPU (generation.memory_fraction="
-                f"{config.memory_fraction:g}): beside {_gib(weights)} of weights and {_gib(workspace)} of workspace "
-                f"{_gib(left)} are left for KV, but {what} needs {_gib(least)}; raise memory_fraction, or lower "
-                f"generation.prefill_tokens={config.prefill_tokens}, generation.max_running={config.max_running}, "
-                f"{remedy}"
-            )
-        num_blocks = left // block
-    return MemoryPlan(weights, num_blocks * block, workspace, num_blocks)
+    """`GenerationPlan.fit` at once."""
+    plan = GenerationPlan(spec, config, max_length=max_length, dtype=dtype, device=device, weights=weights)
+    return plan.fit(capacity)
 
 
 def card_capacity(device: torch.device, fraction: float) -> int:
@@ -115,15 +148,17 @@ def card_capacity(device: torch.device, fraction: float) -> int:
     return max(0, min(free + unused - int((1 - fraction) * total), int(fraction * limit) - allocated))
 
 
-def _workspace(spec: ModelSpec, config: GenerationConfig, max_length: int, dtype: torch.dtype, device: str) -> int:
-    """Bytes held beside weights and KV. Captured steps keep their memory, so that prefill and step add up.
+def _workspace(
+    spec: ModelSpec, config: GenerationConfig, max_length: int, dtype: torch.dtype, device: str
+) -> tuple[int, int]:
+    """Bytes held beside weights and KV, and those of a prefill. Captured steps keep their memory: the two add up.
 
     Plain steps (`generation.graphs=false`) and truncated sampling, for comparison and evaluation, take more.
     """
     table = -(-max_length // config.block_size)
     rows = Rows(config.max_running, max_length, table, spec.vocab_size, 0, torch.device("meta"))
     if device == "cpu":
-        return rows.num_bytes
+        return rows.num_bytes, 0
     with torch.device("meta"):
         model = Decoder(spec).to(dtype)
     model.layers = torch.nn.ModuleList((model.layers[0], model.layers[-1]))  # nothing adds up over layers
@@ -132,7 +167,7 @@ def _workspace(spec: ModelSpec, config: GenerationConfig, max_length: int, dtype
     read = min(max(READS * config.prefill_tokens, max_length), pool)
     rotary = max_length * spec.head_dim * 4
     prefill = peak_bytes(lambda: _prefill(model, rows, computed, read))
-    return rows.num_bytes + rotary + prefill + peak_bytes(lambda: _step(model, config.max_running)) + _LIBRARIES
+    return rows.num_bytes + rotary + peak_bytes(lambda: _step(model, config.max_running)) + _LIBRARIES, prefill
 
 
 def _prefill(model: Decoder, rows: Rows, computed: int, read: int) -> None:

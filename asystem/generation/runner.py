@@ -60,6 +60,9 @@ class Runner(Protocol):
         """Draws `steps` tokens for each row."""
         ...
 
+    def moved(self) -> None:
+        """The KV pool and the weights may lie elsewhere from now on."""
+
 
 class EagerRunner:
     """Plain PyTorch, one step a call."""
@@ -80,6 +83,9 @@ class EagerRunner:
         self._routing = routing
         self._stops = torch.zeros(rows.vocab_size, dtype=torch.bool, device=rows.device)
         self._stops[list(stop_ids)] = True
+
+    def moved(self) -> None:
+        """Nothing: no address is kept."""
 
     def prefill(self, prefills: Sequence[Prefill], context: StepContext) -> None:
         device = self.rows.device

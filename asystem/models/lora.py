@@ -22,8 +22,9 @@ from asystem.errors import ModelError, nearest
 from asystem.models.decoder import Decoder
 from asystem.models.frozen import FrozenLinear
 from asystem.models.hf import layout
-from asystem.models.pieces import Box, local_piece
+from asystem.models.pieces import Box, Held, Piece, local_piece
 from asystem.models.spec import ModelSpec
+from asystem.models.weights import weight_pieces
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def reset(self, seed: int) -> None:
         """A uniform in ±1/sqrt(in), as PEFT draws it, and B = 0. Equal seeds and names give equal adapters."""
+        if self.lora_A.is_meta:  # a shape to plan with
+            return
         self.lora_B.zero_()
         bound = self.base.in_features**-0.5
         for part, a, _ in self.adapters():
@@ -166,6 +169,7 @@ class PlainWeight:
 
     Attributes:
         source: the parameter, or the layer whose merged weight it is.
+        piece: where the model is cut over ranks, the one of its blocks that this stands for.
         frozen: it stays as it is for good, since adapters train alone.
     """
 
@@ -173,6 +177,7 @@ class PlainWeight:
     shape: tuple[int, ...]
     dtype: torch.dtype
     source: nn.Parameter | LoraLinear
+    piece: Piece | None = None
     frozen: bool = False
 
     def value(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -185,7 +190,7 @@ class PlainWeight:
     @property
     def box(self) -> Box:
         """Where this rank's part of it lies in the whole."""
-        return self.source.box if isinstance(self.source, LoraLinear) else local_piece(self.source)[0]
+        return self.source.box if isinstance(self.source, LoraLinear) else self.local()[0]
 
     @property
     def is_merged(self) -> bool:
@@ -196,11 +201,17 @@ class PlainWeight:
         """What this rank has of it, and where in the whole that lies. Collective where adapters are sharded."""
         if isinstance(self.source, LoraLinear):
             return self.source.local_merged()
+        if self.piece is not None:
+            return Held.of(self.source, self.shape, [self.piece]).blocks[0]
         return local_piece(self.source.detach())
 
 
 def plain_weights(model: nn.Module) -> list[PlainWeight]:
-    """The parameters under the plain decoder's names, adapters merged into the matrices that they stand beside."""
+    """The parameters under the plain decoder's names, adapters merged into the matrices that they stand beside; of a
+    decoder that is cut over ranks each block of them that this rank has."""
+    if getattr(model, "shard", None) is not None:
+        assert isinstance(model, Decoder), "decoders are cut"
+        return _blocks(model)
     modules = dict(model.named_modules())
     frozen = {id(module.base) for module in modules.values() if isinstance(module, LoraLinear)}
     weights = []
@@ -215,10 +226,20 @@ def plain_weights(model: nn.Module) -> list[PlainWeight]:
         else:
             named = list(module.named_parameters(prefix=name, recurse=False))
         weights += [
-            PlainWeight(name, tuple(param.shape), param.dtype, param, bool(frozen) and not param.requires_grad)
+            PlainWeight(name, tuple(param.shape), param.dtype, param, frozen=bool(frozen) and not param.requires_grad)
             for name, param in named
         ]
     return weights
+
+
+def _blocks(model: Decoder) -> list[PlainWeight]:
+    params = dict(model.named_parameters())
+    return [
+        PlainWeight(name, shape, params[name].dtype, params[name], piece)
+        for name, (shape, pieces) in weight_pieces(model).items()
+        for piece in pieces
+        if Held.of(params[name], shape, [piece]).blocks
+    ]
 
 
 @torch.no_grad()
@@ -228,24 +249,42 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> dict[str, Tenso
 
 
 @torch.no_grad()
-def merged_copy(model: Decoder) -> Decoder:
-    """A plain decoder beside one with adapters: it has its own merged matrices and shares all other parameters."""
+def decoding_copy(model: Decoder, dtype: torch.dtype) -> Decoder:
+    """A plain decoder of what a model holds whole: itself where all of it is. Else one beside it that has copies of its
+    own of what is sharded over ranks or has adapters, and shares all other parameters. Collective where it gathers.
+
+    Args:
+        dtype: of copies of sharded parameters; merged matrices stay as they are.
+    """
+    weights = plain_weights(model)
+    if not any(map(_is_apart, weights)):
+        return model
     with torch.device("meta"):
         copy = Decoder(model.spec)
-    for weight in plain_weights(model):
-        is_merged = isinstance(weight.source, LoraLinear)
-        param = nn.Parameter(weight.value(), requires_grad=False) if is_merged else weight.source
+    for weight in weights:
+        value = weight.value(dtype if hasattr(weight.source, "full_tensor") else None) if _is_apart(weight) else None
+        param = weight.source if value is None else nn.Parameter(value, requires_grad=False)
         parent, _, leaf = weight.name.rpartition(".")
         setattr(copy.get_submodule(parent), leaf, param)
     return copy
 
 
 @torch.no_grad()
-def refresh_merged(copy: Decoder, model: Decoder) -> None:
-    """Writes the present merged matrices into a `merged_copy`, in place."""
-    for weight in plain_weights(model):
-        if isinstance(weight.source, LoraLinear):
-            copy.get_parameter(weight.name).copy_(weight.value())
+def refresh_copy(copy: Decoder, model: Decoder) -> None:
+    """Writes the present weights into a `decoding_copy`, in place, one gathered after another: those that it does not
+    share, but beside adapters not what is frozen. Collective where it gathers."""
+    if copy is model:
+        return
+    weights = plain_weights(model)
+    merged = [weight for weight in weights if isinstance(weight.source, LoraLinear)]
+    for weight in merged or filter(_is_apart, weights):
+        param = copy.get_parameter(weight.name)
+        param.copy_(weight.value(param.dtype))
+
+
+def _is_apart(weight: PlainWeight) -> bool:
+    """Whether decoding cannot read what training holds of it."""
+    return isinstance(weight.source, LoraLinear) or hasattr(weight.source, "full_tensor")
 
 
 def whole(value: Tensor) -> Tensor:

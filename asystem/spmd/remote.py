@@ -21,15 +21,18 @@ class Dispatch(Enum):
 
     BROADCAST = "broadcast"  # every rank gets all of them
     SPLIT = "split"  # the first argument is cut over the ranks, the others go to all
+    SHARE = "share"  # as SPLIT, for calls that meet in no collective: shares may differ by one, or be empty
     ROUTE = "route"  # one rank gets the call: the least busy
 
 
 class Collect(Enum):
-    """What the caller gets of the ranks' answers. Every rank is waited for, whichever it is."""
+    """What the caller gets of the ranks' answers. Every rank is waited for, whichever it is; of ranks that act as one
+    worker (`spawn`'s replica_ranks) the first one's answer counts, but for `GATHER`."""
 
     ALL = "all"  # the list of answers, by rank
     FIRST = "first"  # the answer of the first rank
     CONCAT = "concat"  # lists, tuples, arrays or tensors joined in the order of ranks
+    GATHER = "gather"  # as CONCAT, of every rank
     SUM = "sum"  # answers added with +; dicts of numbers key by key
 
 
@@ -40,7 +43,7 @@ class Mode:
     dispatch: Dispatch
     collect: Collect
     function: Callable[..., Coroutine[Any, Any, Any]]  # as it was written
-    first: str  # name of the argument that SPLIT cuts
+    first: str  # name of the argument that SPLIT and SHARE cut
 
 
 @overload
@@ -51,7 +54,7 @@ def remote(
 
 @overload
 def remote(
-    dispatch: Dispatch, collect: Literal[Collect.FIRST, Collect.CONCAT, Collect.SUM] = ...
+    dispatch: Dispatch, collect: Literal[Collect.FIRST, Collect.CONCAT, Collect.GATHER, Collect.SUM] = ...
 ) -> Callable[[Method], Method]: ...
 
 
@@ -66,8 +69,8 @@ def remote(dispatch: Dispatch, collect: Collect = Collect.FIRST) -> Callable[[An
         if not inspect.iscoroutinefunction(function):
             raise TypeError(f"{function.__qualname__} is remote and must be `async def`")
         parameters = list(inspect.signature(function).parameters)[1:]
-        if dispatch is Dispatch.SPLIT and not parameters:
-            raise TypeError(f"{function.__qualname__} is SPLIT and must have an argument to cut")
+        if dispatch in (Dispatch.SPLIT, Dispatch.SHARE) and not parameters:
+            raise TypeError(f"{function.__qualname__} is {dispatch.name} and must have an argument to cut")
         marked = _answering_a_list(function) if collect is Collect.ALL else function
         marked.__remote__ = Mode(dispatch, collect, function, parameters[0] if parameters else "")  # type: ignore[attr-defined]
         return marked

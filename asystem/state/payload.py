@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -82,10 +83,16 @@ class WeightPayload:
         return self.buffer.nbytes + (0 if self.frozen is None else self.frozen.nbytes)
 
     def parts(self) -> Iterator[WeightPayload]:
-        """Itself, and what is frozen where that came along."""
-        yield self
+        """Its own places, and the frozen ones where those came along, in parts that have one block of a parameter at
+        most: a rank that shares layers with others sends several."""
+        if len({place.name for place in self.places}) == len(self.places):
+            yield self
+        else:
+            for turn in turns([place.name for place in self.places]):
+                sums = tuple(self.checksums[index] for index in turn if self.checksums)
+                yield replace(self, places=tuple(self.places[index] for index in turn), checksums=sums)
         if self.frozen is not None:
-            yield self.frozen
+            yield from self.frozen.parts()
 
     def holdings(self) -> Holdings:
         """What the sender has sent, by parameter."""
@@ -105,6 +112,22 @@ class WeightPayload:
                 )
         flat = self.buffer.flat()
         return [place.of(flat) for place in self.places]
+
+
+def turns(names: Sequence[str]) -> list[list[int]]:
+    """The numbers of the first ones of each name, of the second ones, ...
+
+    >>> turns(["a", "b", "a"])
+    [[0, 1], [2]]
+    """
+    found: list[list[int]] = []
+    seen: Counter[str] = Counter()
+    for index, name in enumerate(names):
+        if seen[name] == len(found):
+            found.append([])
+        found[seen[name]].append(index)
+        seen[name] += 1
+    return found
 
 
 def lay_out(blocks: Sequence[tuple[str, tuple[int, ...], Box, torch.dtype]]) -> Places:

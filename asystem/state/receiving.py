@@ -28,7 +28,7 @@ class StreamInbox:
         self._exchange: Exchange | None = None
         self._plan: StreamPlan | None = None
         self._plain = plain_parameters(model)
-        self._schedule = Schedule(terms, lambda move: move.receiver == rank, lambda move: move.sender)
+        self._schedule = Schedule(terms, rank, is_sender=False)
         self._views: tuple[list[Step], list[int], list[list[Tensor | None]]] = [], [], []
 
     @torch.no_grad()

@@ -16,10 +16,12 @@ from asystem.models import Piece, PlainWeight, plain_weights
 from asystem.spmd.exchange import Exchange, Transfer, open_meeting
 from asystem.state.checksum import lazy_checksum
 from asystem.state.parcels import Step
-from asystem.state.payload import Pair, copy_all
-from asystem.state.plan import Layout
+from asystem.state.payload import Pair, copy_all, turns
+from asystem.state.plan import Layout, Move
 from asystem.state.stream import Announced, Offer, Schedule, StreamPlan, Terms, meet, pipeline
 
+_Parts = Sequence[Sequence[PlainWeight]]
+_Sources = Sequence[dict[str, Tensor]]
 _GRACE = 5.0  # seconds in which a thread that has overrun its deadline says so itself
 
 
@@ -39,8 +41,8 @@ class StreamOutbox:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._merged: dict[str, Tensor] = {}
-        self._schedule = Schedule(terms, lambda move: move.sender == rank, lambda move: move.receiver)
-        self._pairs: tuple[list[Step], dict[str, int], list[list[Pair]]] = [], {}, []
+        self._schedule = Schedule(terms, rank, is_sender=True)
+        self._pairs: tuple[list[Step], list[int], list[list[Pair]]] = [], [], []
 
     @torch.no_grad()
     def write(self) -> Announced:
@@ -53,16 +55,18 @@ class StreamOutbox:
         if not self._address:
             self._address, self._store = open_meeting(self.rank, self.terms.senders)
         number, weights = self._published, plain_weights(self.model)
-        sources = {weight.name: self._source(weight) for weight in weights if number == 0 or not weight.frozen}
+        parts = [[weights[index] for index in turn] for turn in turns([weight.name for weight in weights])]
+        sources = [{w.name: self._source(w) for w in part if number == 0 or not w.frozen} for part in parts]
         if self.terms.device.type == "cuda":
             torch.cuda.current_stream(self.terms.device).synchronize()  # the thread has a stream of its own
         verify = self.verify_every > 0 and number % self.verify_every == 0
         self._thread = threading.Thread(
-            target=self._send, args=(number, weights, sources, verify), name="weights", daemon=True
+            target=self._send, args=(number, parts, sources, verify), name="weights", daemon=True
         )
         self._thread.start()
         self._published += 1
-        nbytes = sum(block.numel() * (self.dtype or block.dtype).itemsize for block in sources.values())
+        blocks = [block for part in sources for block in part.values()]
+        nbytes = sum(block.numel() * (self.dtype or block.dtype).itemsize for block in blocks)
         return Announced(self._address, number, nbytes, verify)
 
     def settle(self) -> None:
@@ -89,12 +93,12 @@ class StreamOutbox:
             self._merged[weight.name] = torch.empty_like(block, dtype=self.dtype or weight.dtype)
         return self._merged[weight.name].copy_(block)
 
-    def _send(self, number: int, weights: Sequence[PlainWeight], sources: dict[str, Tensor], verify: bool) -> None:
+    def _send(self, number: int, parts: _Parts, sources: _Sources, verify: bool) -> None:
         try:
             with torch.no_grad(), _on_stream(self.terms.device):
-                exchange, plan = self._meet(number, weights)
+                exchange, plan = self._meet(number, parts)
                 todo = self._schedule.steps(plan, number)
-                pairs = self._pairs_of(todo, sources)
+                pairs = self._pairs_of(todo, plan, sources)
                 shapes = plan.shapes if verify else None
 
                 def post(index: int) -> Callable[[], None]:
@@ -109,25 +113,29 @@ class StreamOutbox:
             if self._exchange is not None:
                 self._exchange.fail(error)
 
-    def _pairs_of(self, todo: list[Step], sources: dict[str, Tensor]) -> list[list[Pair]]:
+    def _pairs_of(self, todo: list[Step], plan: StreamPlan, sources: _Sources) -> list[list[Pair]]:
         """By step, blocks and what they are copied from; made anew only where parameters have moved."""
-        places = {name: source.data_ptr() for name, source in sources.items()}
+        places = [source.data_ptr() for part in sources for source in part.values()]
         if todo is not self._pairs[0] or places != self._pairs[1]:
-            pairs = [[(b, m.source.part(m.box, sources[m.name])) for m, b in step.moves] for step in todo]
-            self._pairs = todo, places, pairs
+
+            def read(move: Move) -> Tensor:
+                return move.source.part(move.box, sources[plan.parts[move.sender][1]][move.name])
+
+            self._pairs = todo, places, [[(block, read(move)) for move, block in step.moves] for step in todo]
         return self._pairs[2]
 
-    def _meet(self, number: int, weights: Sequence[PlainWeight]) -> tuple[Exchange, StreamPlan]:
+    def _meet(self, number: int, parts: _Parts) -> tuple[Exchange, StreamPlan]:
         if self._exchange is None or self._plan is None:
             self._exchange = self.terms.exchange(self._address, self.rank, self._store)
-            self._plan = StreamPlan(self._exchange.gather("holdings", pickle.dumps(self._offer(weights))), self.terms)
+            self._plan = StreamPlan(self._exchange.gather("holdings", pickle.dumps(self._offer(parts))), self.terms)
             self._exchange.connect()
         else:
             meet(self._exchange, number)
         return self._exchange, self._plan
 
-    def _offer(self, weights: Sequence[PlainWeight]) -> Offer:
-        held = {w.name: Layout(w.shape, [Piece(w.box, (0,) * len(w.shape))]) for w in weights}
+    def _offer(self, parts: _Parts) -> Offer:
+        held = [{w.name: Layout(w.shape, [Piece(w.box, (0,) * len(w.shape))]) for w in part} for part in parts]
+        weights = [weight for part in parts for weight in part]
         dtypes = {w.name: str(self.dtype or w.dtype).removeprefix("torch.") for w in weights}
         return Offer(held, dtypes, {w.name for w in weights if w.frozen})
 

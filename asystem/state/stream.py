@@ -58,9 +58,13 @@ class Announced:
 
 @dataclass(slots=True)
 class Offer:
-    """What a rank of training has: where its blocks lie, and how they are sent."""
+    """What a rank of training has: where its blocks lie, and how they are sent.
 
-    held: Holdings
+    Attributes:
+        parts: with one block of a parameter at most each: a rank that shares layers with others has several.
+    """
+
+    parts: Sequence[Holdings]
     dtypes: dict[str, str]
     frozen: set[str] = field(default_factory=set)
 
@@ -70,11 +74,18 @@ class StreamPlan:
 
     def __init__(self, said: Sequence[bytes], terms: Terms) -> None:
         offers: list[Offer] = [pickle.loads(each) for each in said[: terms.senders]]
-        self.moves = plan_moves([offer.held for offer in offers], [pickle.loads(e) for e in said[terms.senders :]])
+        parts = [(rank, number) for rank, offer in enumerate(offers) for number in range(len(offer.parts))]
+        holdings = [offers[rank].parts[number] for rank, number in parts]
+        self.moves = plan_moves(holdings, [pickle.loads(e) for e in said[terms.senders :]])
+        self.parts = parts  # rank of training and number of its part, by a move's sender
         self.dtypes = {name: dtype_named(dtype) for name, dtype in offers[0].dtypes.items()}
-        self.shapes = {name: layout.shape for name, layout in offers[0].held.items()}
+        self.shapes = {name: layout.shape for part in holdings for name, layout in part.items()}
         self.frozen = offers[0].frozen
         self._limit = max(4096, terms.bucket_bytes // max(terms.senders, terms.receivers))
+
+    def rank_of(self, move: Move) -> int:
+        """Of training, that sends it."""
+        return self.parts[move.sender][0]
 
     def rounds(self, has_all: bool, mine: Callable[[Move], bool], peer: Callable[[Move], int]) -> list[Round]:
         """One rank's parcels in a publication of all, or of what is not frozen."""
@@ -88,8 +99,8 @@ class StreamPlan:
 class Schedule:
     """One rank's steps; made anew only when, after the first publication, what is frozen is no longer among them."""
 
-    def __init__(self, terms: Terms, mine: Callable[[Move], bool], peer: Callable[[Move], int]) -> None:
-        self._terms, self._mine, self._peer = terms, mine, peer
+    def __init__(self, terms: Terms, rank: int, *, is_sender: bool) -> None:
+        self._terms, self._rank, self._is_sender = terms, rank, is_sender
         self._has_all: bool | None = None
         self._steps: list[Step] = []
 
@@ -97,9 +108,14 @@ class Schedule:
         """Of a publication: the same list where nothing has changed."""
         has_all = number == 0 or not plan.frozen
         if has_all is not self._has_all:
-            self._steps = steps(plan.rounds(has_all, self._mine, self._peer), self._terms.device)
+            self._steps = steps(self._rounds(plan, has_all), self._terms.device)
             self._has_all = has_all
         return self._steps
+
+    def _rounds(self, plan: StreamPlan, has_all: bool) -> list[Round]:
+        if self._is_sender:
+            return plan.rounds(has_all, lambda m: plan.rank_of(m) == self._rank, lambda m: m.receiver)
+        return plan.rounds(has_all, lambda m: m.receiver == self._rank, plan.rank_of)
 
 
 def pipeline(count: int, post: Callable[[int], Callable[[], None]], finish: Callable[[int], None]) -> None:

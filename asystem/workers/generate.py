@@ -7,16 +7,18 @@ equal calls and equal sums make equal decisions and tokens, and the first rank's
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
 from asystem.config import Config
 from asystem.data.task import Row, load_task
 from asystem.errors import DataError, ModelError
 from asystem.generation import Engine, EngineRequest
 from asystem.models import Decoder
+from asystem.rollout import drawn_length
 from asystem.spmd import Collect, Dispatch, Worker, remote, store
 from asystem.state import Published
 from asystem.types import DecodeReport, FinishedRollout, Ref, RolloutRequest, SamplingParams, Trajectory
@@ -48,8 +50,11 @@ class GenerateWorker(Worker):
         dtype, quantized = pick_dtype(generation.dtype, device), pick_quantized(generation.dtype, device)
         self.start_generation(build_model(self.config, device, dtype, part, quantized))
 
-    def start_generation(self, model: Decoder) -> None:
-        """Builds the engine around a model, which a hybrid worker shares with training."""
+    def begin_generation(self) -> None:
+        """Called before decoding: a hybrid worker wakes what it needs."""
+
+    def start_generation(self, model: Decoder, memory: Callable[[int], Tensor] | None = None) -> None:
+        """Builds the engine around a model, which a hybrid worker shares with training; ``memory`` of the KV pool."""
         config = self.config
         self.task = load_task(config.data, config.recipe_dir)
         self.tokenizer = build_tokenizer(config, model.spec.vocab_size)
@@ -62,6 +67,7 @@ class GenerateWorker(Worker):
             stop_ids=self.tokenizer.eos_ids,
             seed=config.seed,
             max_length=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+            memory=memory,
         )
         self._inbox = build_inbox(config, model, pick_device(config), self.rank)
 
@@ -74,7 +80,8 @@ class GenerateWorker(Worker):
     async def decode(self, requests: Sequence[RolloutRequest], lease: int | None) -> DecodeReport:
         """Takes new requests and decodes a slice: at most `rollout.slice_steps` steps, or until the lease is spent."""
         started = time.perf_counter()
-        self.engine.submit([self._request(self.task.train, request, self.sampling) for request in requests])
+        self.begin_generation()
+        self.engine.submit([self._request(self.task.train, one, self._sampling_of(one.rollout)) for one in requests])
         rollout = self.config.rollout
         decoded = self.engine.decode(max_tokens=lease, counts=rollout.budget_counts, max_steps=rollout.slice_steps)
         return DecodeReport(
@@ -92,7 +99,7 @@ class GenerateWorker(Worker):
         """Forgets purged rollouts and frees their KV blocks."""
         self.engine.drop(rollouts)
 
-    @remote(Dispatch.SPLIT, Collect.CONCAT)
+    @remote(Dispatch.SHARE, Collect.CONCAT)
     async def evaluate(self, rows: Sequence[int]) -> list[FinishedRollout]:
         """Answers held-out prompts under the present weights; rollouts in flight keep their KV and wait."""
         sampling = replace(self.sampling, temperature=self.config.evaluation.temperature, top_k=0, top_p=1.0)
@@ -125,12 +132,21 @@ class GenerateWorker(Worker):
 
     def _aside(self, dataset: Sequence[Row], rows: Sequence[int], sampling: SamplingParams) -> list[Trajectory]:
         """Answers prompts while rollouts in flight keep their KV and wait."""
+        self.begin_generation()
         requests = [RolloutRequest(rollout=-1 - row, group=-1 - row, prompt=row) for row in rows]
         self.engine.pause()
         self.engine.submit([self._request(dataset, request, sampling) for request in requests])
         finished = self.engine.decode().finished
         self.engine.resume()
         return finished
+
+    def _sampling_of(self, rollout: int) -> SamplingParams:
+        """How a rollout is sampled: as configured, but for a length that a study gives it."""
+        lengths, longest, seed = self.config.rollout.lengths, self.sampling.max_new_tokens, self.config.seed
+        if lengths.median is None:
+            return self.sampling
+        length = drawn_length(lengths.median, lengths.sigma, longest, seed=seed, rollout=rollout)
+        return replace(self.sampling, max_new_tokens=length, ignore_eos=True)
 
     def check_version(self, version: int) -> None:
         """Refuses weights older than those that are loaded."""

@@ -14,7 +14,7 @@ FLOORS = {
     "cli": 6, "compose": 6, "__main__": 6,
     "controller": 5,
     "workers": 4,
-    "generation": 3, "training": 3, "state": 3,
+    "generation": 3, "training": 3, "state": 3, "memory": 3,
     "models": 2, "spmd": 2,
     "rollout": 1, "algorithms": 1, "rewards": 1, "data": 1, "tracking": 1,
     "types": 0, "config": 0, "checks": 0, "errors": 0, "stats": 0, "plugin": 0, "__init__": 0,

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from asystem.config import LORA_TARGETS, LoraConfig
 from asystem.errors import ModelError
-from asystem.models import Decoder, ModelSpec, PackedAttention, add_lora, init_weights, merge, merged_copy
-from asystem.models.lora import LoraLinear, refresh_merged
+from asystem.models import Decoder, ModelSpec, PackedAttention, add_lora, decoding_copy, init_weights, merge
+from asystem.models.lora import LoraLinear, refresh_copy
 
 SPEC = ModelSpec("qwen2", 23, 16, 24, 2, 4, 2, 4, qkv_bias=True, tie_embeddings=True)
 TARGETS = {"all": LORA_TARGETS, "some": ("q_proj", "v_proj", "up_proj"), "one": ("down_proj",)}
@@ -97,15 +97,15 @@ def test_adapters_are_drawn_by_seed_and_name() -> None:
 
 
 @torch.no_grad()
-def test_a_merged_copy_shares_what_has_no_adapter_and_follows_updates() -> None:
+def test_a_decoding_copy_shares_what_has_no_adapter_and_follows_updates() -> None:
     model = adapted(("o_proj",))
-    copy = merged_copy(model)
+    copy = decoding_copy(model, torch.float32)
     assert copy.embed.weight is model.embed.weight
     assert copy.layers[0].mlp.down_proj.weight is model.layers[0].mlp.down_proj.weight
     address = copy.layers[0].attn.o_proj.weight.data_ptr()
     model.layers[0].attn.o_proj.lora_B.add_(1.0)
     assert not torch.allclose(logits(copy), logits(model), atol=1e-3)
-    refresh_merged(copy, model)
+    refresh_copy(copy, model)
     torch.testing.assert_close(logits(copy), logits(model), atol=1e-5, rtol=1e-5)
     assert copy.layers[0].attn.o_proj.weight.data_ptr() == address
 
