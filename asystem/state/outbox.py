@@ -20,7 +20,7 @@ from asystem.errors import CapacityError
 from asystem.models import PlainWeight, plain_weights
 from asystem.spmd import Buffer, DeviceBuffer, SharedBuffer
 from asystem.state.checksum import lazy_checksum, settled
-from asystem.state.payload import Pair, Place, WeightPayload, copy_all, lay_out
+from asystem.state.payload import WeightPayload, copy_all, lay_out
 
 
 class Outbox:
@@ -46,6 +46,7 @@ class Outbox:
         self.transport, self.rank = transport, rank
         self._addresses: list[int] = []
         self._weights: list[PlainWeight] = []
+        self._frozen: list[PlainWeight] = []
         self._changing: _Part | None = None
         self._once: WeightPayload | None = None
         self._published = 0
@@ -56,9 +57,9 @@ class Outbox:
         shards are gathered, all ranks call it in step."""
         self._look()
         verify = self.verify_every > 0 and self._published % self.verify_every == 0
-        frozen = [weight for weight in self._weights if weight.frozen and not self._published]
+        frozen = [] if self._published else self._frozen
         if self._changing is None:
-            self._changing = _Part([weight for weight in self._weights if not weight.frozen], self)
+            self._changing = _Part(self._weights, self)
         # What goes once is held until all have read it, which is when the next publication is asked for.
         self._once = _Part(frozen, self, lasting=False).write(frozen, verify) if frozen else None
         self._published += 1
@@ -70,7 +71,10 @@ class Outbox:
         is_sharded = any(hasattr(parameter, "placements") for parameter in parameters)
         addresses = [] if is_sharded else [parameter.data_ptr() for parameter in parameters]
         if not addresses or addresses != self._addresses:
-            self._weights, self._addresses = plain_weights(self.model), addresses
+            weights = plain_weights(self.model)
+            self._weights = [weight for weight in weights if not weight.frozen]
+            self._frozen = [weight for weight in weights if weight.frozen]
+            self._addresses = addresses
 
 
 class _Part:
@@ -81,40 +85,31 @@ class _Part:
         self.places = lay_out([(w.name, w.shape, w.box, self.dtype or w.dtype) for w in weights])
         device = next(outbox.model.parameters()).device
         self.buffer = allocate(outbox.transport, self.places[-1].end, device, lasting)
-        self._flat = self.buffer.flat()
-        # By parameter and box: a rank that shares layers with others has several blocks of one.
-        self._targets = {(place.name, place.box): (place, place.of(self._flat)) for place in self.places}
+        self._targets = [place.of(self.buffer.flat()) for place in self.places]
         self._seen: Sequence[PlainWeight] = ()
-        self._pairs: list[tuple[Place, Pair]] = []  # of parameters as they are
-        self._merged: list[PlainWeight] = []
+        self._blocks: dict[int, Tensor] = {}  # of parameters that are sent as they are, by the number of their place
 
     def write(self, weights: Sequence[PlainWeight], verify: bool, frozen: WeightPayload | None = None) -> WeightPayload:
-        """Copies those of the weights that it has a place for."""
-        self._look(weights)
-        sums: dict[Place, Tensor] = {}
-        for weight in self._merged:
-            place, target = self._targets[weight.name, weight.box]
-            self._copy([(place, (target, weight.local()[1]))], sums, verify)
-        self._copy(self._pairs, sums, verify)
-        checksums = settled([sums[place] for place in self.places]) if verify else []
-        if self._flat.is_cuda:
-            torch.cuda.current_stream(self._flat.device).synchronize()  # another process cannot wait for this stream
+        """Copies the weights, in the order of the places."""
+        if weights is not self._seen:
+            self._blocks = {index: w.local()[1] for index, w in enumerate(weights) if not w.is_merged}
+            self._seen = weights
+        sums: dict[int, Tensor] = {}
+        for index, weight in enumerate(weights):
+            if weight.is_merged:
+                self._copy({index: weight.local()[1]}, sums, verify)
+        self._copy(self._blocks, sums, verify)
+        checksums = settled([sums[index] for index in range(len(self.places))]) if verify else []
+        if self._targets[0].is_cuda:
+            torch.cuda.current_stream(self._targets[0].device).synchronize()  # others cannot wait for this stream
         return WeightPayload(self.places, self.buffer, tuple(checksums), self.rank, frozen)
 
-    def _copy(self, rows: Sequence[tuple[Place, Pair]], sums: dict[Place, Tensor], verify: bool) -> None:
+    def _copy(self, blocks: dict[int, Tensor], sums: dict[int, Tensor], verify: bool) -> None:
         if verify:  # of the numbers before they are copied
-            for place, (target, block) in rows:
-                sums[place] = lazy_checksum(block.to(target.dtype), place.box, place.shape)
-        copy_all([pair for _, pair in rows])
-
-    def _look(self, weights: Sequence[PlainWeight]) -> None:
-        if weights is self._seen:
-            return
-        mine = [weight for weight in weights if (weight.name, weight.box) in self._targets]
-        self._merged = [weight for weight in mine if weight.is_merged]
-        plain = [(*self._targets[w.name, w.box], w.local()[1]) for w in mine if not w.is_merged]
-        self._pairs = [(place, (target, block)) for place, target, block in plain]
-        self._seen = weights
+            for index, block in blocks.items():
+                place = self.places[index]
+                sums[index] = lazy_checksum(block.to(self._targets[index].dtype), place.box, place.shape)
+        copy_all([(self._targets[index], block) for index, block in blocks.items()])
 
 
 def allocate(transport: Transport, nbytes: int, device: torch.device, lasting: bool) -> Buffer | DeviceBuffer:

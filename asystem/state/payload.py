@@ -85,13 +85,12 @@ class WeightPayload:
     def parts(self) -> Iterator[WeightPayload]:
         """Its own places, and the frozen ones where those came along, in parts that have one block of a parameter at
         most: a rank that shares layers with others sends several."""
-        all_turns = turns([place.name for place in self.places])
-        if len(all_turns) == 1:
-            yield replace(self, frozen=None) if self.frozen is not None else self
-            all_turns = []
-        for turn in all_turns:
-            sums = tuple(self.checksums[index] for index in turn if self.checksums)
-            yield replace(self, places=tuple(self.places[index] for index in turn), checksums=sums, frozen=None)
+        if len({place.name for place in self.places}) == len(self.places):
+            yield self
+        else:
+            for turn in turns([place.name for place in self.places]):
+                sums = tuple(self.checksums[index] for index in turn if self.checksums)
+                yield replace(self, places=tuple(self.places[index] for index in turn), checksums=sums)
         if self.frozen is not None:
             yield from self.frozen.parts()
 

@@ -28,7 +28,7 @@ class StreamInbox:
         self._exchange: Exchange | None = None
         self._plan: StreamPlan | None = None
         self._plain = plain_parameters(model)
-        self._schedule = Schedule(terms, lambda _, move: move.receiver == rank, StreamPlan.rank_of)
+        self._schedule = Schedule(terms, rank, is_sender=False)
         self._views: tuple[list[Step], list[int], list[list[Tensor | None]]] = [], [], []
 
     @torch.no_grad()

@@ -17,11 +17,11 @@ from asystem.spmd.exchange import Exchange, Transfer, open_meeting
 from asystem.state.checksum import lazy_checksum
 from asystem.state.parcels import Step
 from asystem.state.payload import Pair, copy_all, turns
-from asystem.state.plan import Layout
+from asystem.state.plan import Layout, Move
 from asystem.state.stream import Announced, Offer, Schedule, StreamPlan, Terms, meet, pipeline
 
-_Parts = Sequence[Sequence[PlainWeight]]  # one block of a parameter at most in each
-_Sources = dict[tuple[int, str], Tensor]  # by part and parameter
+_Parts = Sequence[Sequence[PlainWeight]]
+_Sources = Sequence[dict[str, Tensor]]
 _GRACE = 5.0  # seconds in which a thread that has overrun its deadline says so itself
 
 
@@ -41,8 +41,8 @@ class StreamOutbox:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._merged: dict[str, Tensor] = {}
-        self._schedule = Schedule(terms, lambda plan, move: plan.rank_of(move) == rank, lambda _, move: move.receiver)
-        self._pairs: tuple[list[Step], dict[tuple[int, str], int], list[list[Pair]]] = [], {}, []
+        self._schedule = Schedule(terms, rank, is_sender=True)
+        self._pairs: tuple[list[Step], list[int], list[list[Pair]]] = [], [], []
 
     @torch.no_grad()
     def write(self) -> Announced:
@@ -56,12 +56,7 @@ class StreamOutbox:
             self._address, self._store = open_meeting(self.rank, self.terms.senders)
         number, weights = self._published, plain_weights(self.model)
         parts = [[weights[index] for index in turn] for turn in turns([weight.name for weight in weights])]
-        sources = {
-            (place, w.name): self._source(w)
-            for place, part in enumerate(parts)
-            for w in part
-            if number == 0 or not w.frozen
-        }
+        sources = [{w.name: self._source(w) for w in part if number == 0 or not w.frozen} for part in parts]
         if self.terms.device.type == "cuda":
             torch.cuda.current_stream(self.terms.device).synchronize()  # the thread has a stream of its own
         verify = self.verify_every > 0 and number % self.verify_every == 0
@@ -70,7 +65,8 @@ class StreamOutbox:
         )
         self._thread.start()
         self._published += 1
-        nbytes = sum(block.numel() * (self.dtype or block.dtype).itemsize for block in sources.values())
+        blocks = [block for part in sources for block in part.values()]
+        nbytes = sum(block.numel() * (self.dtype or block.dtype).itemsize for block in blocks)
         return Announced(self._address, number, nbytes, verify)
 
     def settle(self) -> None:
@@ -119,10 +115,13 @@ class StreamOutbox:
 
     def _pairs_of(self, todo: list[Step], plan: StreamPlan, sources: _Sources) -> list[list[Pair]]:
         """By step, blocks and what they are copied from; made anew only where parameters have moved."""
-        places = {key: source.data_ptr() for key, source in sources.items()}
+        places = [source.data_ptr() for part in sources for source in part.values()]
         if todo is not self._pairs[0] or places != self._pairs[1]:
-            pairs = [[(b, m.source.part(m.box, sources[plan.source_of(m)])) for m, b in step.moves] for step in todo]
-            self._pairs = todo, places, pairs
+
+            def read(move: Move) -> Tensor:
+                return move.source.part(move.box, sources[plan.parts[move.sender][1]][move.name])
+
+            self._pairs = todo, places, [[(block, read(move)) for move, block in step.moves] for step in todo]
         return self._pairs[2]
 
     def _meet(self, number: int, parts: _Parts) -> tuple[Exchange, StreamPlan]:

@@ -74,10 +74,10 @@ class StreamPlan:
 
     def __init__(self, said: Sequence[bytes], terms: Terms) -> None:
         offers: list[Offer] = [pickle.loads(each) for each in said[: terms.senders]]
-        # The rank of training and the number of its part, by a move's sender.
-        self._parts = [(rank, number) for rank, offer in enumerate(offers) for number in range(len(offer.parts))]
-        holdings = [offers[rank].parts[number] for rank, number in self._parts]
+        parts = [(rank, number) for rank, offer in enumerate(offers) for number in range(len(offer.parts))]
+        holdings = [offers[rank].parts[number] for rank, number in parts]
         self.moves = plan_moves(holdings, [pickle.loads(e) for e in said[terms.senders :]])
+        self.parts = parts  # rank of training and number of its part, by a move's sender
         self.dtypes = {name: dtype_named(dtype) for name, dtype in offers[0].dtypes.items()}
         self.shapes = {name: layout.shape for part in holdings for name, layout in part.items()}
         self.frozen = offers[0].frozen
@@ -85,30 +85,22 @@ class StreamPlan:
 
     def rank_of(self, move: Move) -> int:
         """Of training, that sends it."""
-        return self._parts[move.sender][0]
+        return self.parts[move.sender][0]
 
-    def source_of(self, move: Move) -> tuple[int, str]:
-        """Part and parameter that it comes out of, on that rank."""
-        return self._parts[move.sender][1], move.name
-
-    def rounds(self, has_all: bool, mine: Mine, peer: Peer) -> list[Round]:
+    def rounds(self, has_all: bool, mine: Callable[[Move], bool], peer: Callable[[Move], int]) -> list[Round]:
         """One rank's parcels in a publication of all, or of what is not frozen."""
         chosen: dict[int, list[Move]] = {}
         for move in self.moves:
-            if mine(self, move) and (has_all or move.name not in self.frozen):
-                chosen.setdefault(peer(self, move), []).append(move)
+            if mine(move) and (has_all or move.name not in self.frozen):
+                chosen.setdefault(peer(move), []).append(move)
         return rounds({key: cut(moves, self.dtypes, self._limit) for key, moves in chosen.items()})
-
-
-Mine = Callable[[StreamPlan, Move], bool]  # whether a rank takes part in a move
-Peer = Callable[[StreamPlan, Move], int]  # and with whom
 
 
 class Schedule:
     """One rank's steps; made anew only when, after the first publication, what is frozen is no longer among them."""
 
-    def __init__(self, terms: Terms, mine: Mine, peer: Peer) -> None:
-        self._terms, self._mine, self._peer = terms, mine, peer
+    def __init__(self, terms: Terms, rank: int, *, is_sender: bool) -> None:
+        self._terms, self._rank, self._is_sender = terms, rank, is_sender
         self._has_all: bool | None = None
         self._steps: list[Step] = []
 
@@ -116,9 +108,14 @@ class Schedule:
         """Of a publication: the same list where nothing has changed."""
         has_all = number == 0 or not plan.frozen
         if has_all is not self._has_all:
-            self._steps = steps(plan.rounds(has_all, self._mine, self._peer), self._terms.device)
+            self._steps = steps(self._rounds(plan, has_all), self._terms.device)
             self._has_all = has_all
         return self._steps
+
+    def _rounds(self, plan: StreamPlan, has_all: bool) -> list[Round]:
+        if self._is_sender:
+            return plan.rounds(has_all, lambda m: plan.rank_of(m) == self._rank, lambda m: m.receiver)
+        return plan.rounds(has_all, lambda m: m.receiver == self._rank, plan.rank_of)
 
 
 def pipeline(count: int, post: Callable[[int], Callable[[], None]], finish: Callable[[int], None]) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from asystem.config import Config, Transport, WandbMode
+from asystem.config import Config, Transport
 from asystem.controller.run import train
 from asystem.errors import AsystemError
 from asystem.models import Decoder, ModelSpec, Shard, init_weights
@@ -28,12 +28,6 @@ from asystem.workers import GenerateWorker
 SPEC = ModelSpec("qwen3", 23, 16, 24, 2, 4, 2, 4, qk_norm=True)
 TERMS = Terms(2, 2, torch.device("cpu"), seconds=60.0, bucket_bytes=16384)
 VERSIONS = 3
-TASK = """
-def train(): return [{"prompt": "ab", "answer": "x"}, {"prompt": "cde", "answer": "y"}]
-def evaluation(): return []
-def demonstrations(): return []
-def reward(row, response): return float(len(response) % 2)
-"""
 
 
 def model_at(version: int) -> Decoder:
@@ -112,20 +106,12 @@ class Lost(GenerateWorker):
     ids=["killed", "hanging"],
 )  # fmt: skip
 def test_a_generator_lost_while_it_takes_weights_over_is_named_and_training_is_kept(
-    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transport: str, message: str
+    cluster: None, small_run: Config, monkeypatch: pytest.MonkeyPatch, transport: str, message: str
 ) -> None:
     monkeypatch.setattr("asystem.controller.run.GenerateWorker", Lost)
-    (tmp_path / "task.py").write_text(TASK)
-    config = Config(recipe="lost", recipe_dir=str(tmp_path), run_dir=str(tmp_path / "run"), device="cpu", steps=9)
-    config.model.num_layers, config.model.hidden_size, config.model.intermediate_size = 1, 32, 64
-    config.model.head_dim, config.generation.graphs = 8, False
-    config.data.task, config.data.max_prompt_tokens = "task.py", 8
-    config.rollout.max_new_tokens, config.rollout.capacity, config.algorithm.group_size = 4, 8, 4
-    config.tracking.console = config.tracking.report = False
-    config.tracking.wandb = WandbMode.disabled
-    config.weights.transport, config.weights.probe_every = Transport(transport), 0
-    config.runtime.deadline_seconds = 8.0
-    config.generation.ranks = 2 if transport == "nccl" else 1
+    small_run.weights.transport, small_run.weights.probe_every = Transport(transport), 0
+    small_run.runtime.deadline_seconds = 8.0
+    small_run.generation.ranks = 2 if transport == "nccl" else 1
     with pytest.raises(AsystemError, match=message):
-        train(config)
-    assert read_manifest(tmp_path / "run" / "checkpoints" / "step-000001")
+        train(small_run)
+    assert read_manifest(Path(small_run.run_dir or "") / "checkpoints" / "step-000001")

@@ -14,6 +14,7 @@ import torch
 from asystem.config import LoraConfig
 from asystem.errors import AsystemError, ModelError, PublicationError
 from asystem.models import Decoder, ModelSpec, Piece, Shard, add_lora, init_weights, merge, quantize
+from asystem.spmd import store
 from asystem.state import StreamInbox, StreamOutbox, Terms
 from asystem.state.parcels import Step, cut, rounds
 from asystem.state.plan import Layout, plan_moves
@@ -56,7 +57,7 @@ class Pair:
         if errors:
             raise errors[0]
         self.outbox.settle()
-        return announced.nbytes
+        return store.put(announced).num_bytes
 
 
 @pytest.mark.parametrize("bucket_bytes", [4096, 1 << 20])

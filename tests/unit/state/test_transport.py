@@ -12,7 +12,7 @@ import torch
 from asystem.config import LoraConfig, Transport
 from asystem.errors import ModelError, PublicationError
 from asystem.models import Box, Decoder, ModelSpec, MoESpec, Shard, add_lora, init_weights, merge, quantize
-from asystem.spmd import Buffer
+from asystem.spmd import Buffer, store
 from asystem.state import Inbox, Outbox, WeightPayload
 from asystem.state.checksum import checksum
 from asystem.state.payload import lay_out
@@ -206,7 +206,11 @@ def test_under_adapters_what_is_frozen_is_sent_and_verified_once() -> None:
         with torch.no_grad():
             source.get_parameter("layers.1.mlp.down_proj.lora_B").normal_()
         later = outbox.write()
-        assert later.nbytes == 4 * sum(target.get_parameter(name).numel() for name in adapted)
+        assert (
+            later.nbytes
+            == store.put(later).num_bytes
+            == 4 * sum(target.get_parameter(name).numel() for name in adapted)
+        )
         assert later.nbytes + frozen >= 4 * sum(p.numel() for p in target.parameters()) > later.nbytes
         inbox.read([later])
         assert all(torch.equal(target.get_parameter(name), tensor) for name, tensor in merge(source).items())
