@@ -1,10 +1,10 @@
-# make quickstart | test | check | clean.  PYTHON chooses the interpreter (3.11 to 3.13); all else goes into .venv.
+# make quickstart | test | check | bench-algorithms | clean.  PYTHON chooses the interpreter (3.11 to 3.13); all else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 export RAY_USAGE_STATS_ENABLED = 0
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: quickstart test unit check clean
+.PHONY: quickstart test unit check clean bench-algorithms bench-schedules bench-mismatch
 
 quickstart: .venv/.installed
 	$(BIN)/asystem train recipe=quickstart
@@ -23,6 +23,18 @@ check: .venv/.dev
 	$(BIN)/ruff check asystem tests recipes benchmarks
 	$(BIN)/ruff format --check asystem tests recipes benchmarks
 	$(BIN)/mypy
+
+# Studies on two CPU cores: they rewrite benchmarks/results and the tables of docs/.
+bench-algorithms: bench-schedules bench-mismatch
+
+bench-schedules: .venv/.dev
+	rm -rf runs/schedules
+	$(BIN)/python benchmarks/schedules.py --part floor
+	$(BIN)/python benchmarks/schedules.py --part speed
+	$(BIN)/python benchmarks/schedules.py --part learning --jobs 2
+
+bench-mismatch: .venv/.dev
+	$(BIN)/python benchmarks/mismatch.py --out runs/mismatch --jobs 2 --write
 
 clean:
 	rm -rf .venv build dist *.egg-info .ruff_cache .mypy_cache .pytest_cache .hypothesis

@@ -19,6 +19,8 @@ SURROGATES = ("ppo", "gspo", "cispo", "reinforce")
 CORRECTIONS = ("none", "tis", "icepop", "kpop", "mis", "geometric")
 TOKEN_CORRECTIONS = ("tis", "icepop", "kpop")
 
+CURRICULA = ("none", "unsolved", "pass_rate")
+
 DENSE_FAMILIES = ("llama", "qwen2", "qwen3")
 MOE_FAMILIES = ("qwen3_moe", "olmoe", "bailing_moe_v2")
 
@@ -33,7 +35,8 @@ def check(config: Config) -> None:
     """
     is_rl = config.command.value == "train"
     program = (_positions, _algorithm, _rollout, _liveness) if is_rl else (_finetune,)
-    for section in (_run, _model, *program, _training, _memory, _lora, _placement, _precision, _others):
+    training = (_training, _memory, _streaming, _lora, _parallel)
+    for section in (_run, _model, *program, *training, _placement, _weights, _precision, _others):
         for broken, message in section(config):
             if broken:
                 raise ConfigError(message)
@@ -130,6 +133,13 @@ def _algorithm(config: Config) -> Iterator[Rule]:
         algorithm.value_clip is not None and not algorithm.value_clip > 0,
         f"algorithm.value_clip={algorithm.value_clip} must be above 0, or null",
     )
+    yield (
+        algorithm.group_filter is not None and ".py:" not in algorithm.group_filter,
+        f'algorithm.group_filter="{algorithm.group_filter}" is no function of the recipe: name it file.py:function, or '
+        "null",
+    )
+    yield _at_least("algorithm.dynamic_sampling", algorithm.dynamic_sampling, 0)
+    yield _at_least("algorithm.dynamic_windows", algorithm.dynamic_windows, 1)
     yield _at_least("algorithm.kl_coefficient", algorithm.kl_coefficient, 0)
     yield _at_least("algorithm.entropy_coefficient", algorithm.entropy_coefficient, 0)
     yield (
@@ -158,6 +168,23 @@ def _combinations(config: Config) -> Iterator[Rule]:
         "with advantage=gae use drop_equal_groups=false",
     )
     yield (
+        algorithm.kl_coefficient == 0 and algorithm.kl_estimator.value != "k3",
+        f"algorithm.kl_estimator={algorithm.kl_estimator.value} measures a distance that algorithm.kl_coefficient=0 "
+        "leaves out, and no reference is held for it: set kl_coefficient above 0, or leave the estimator out",
+    )
+    yield (
+        algorithm.dynamic_sampling > 0 and not algorithm.drop_equal_groups and algorithm.group_filter is None,
+        f"algorithm.dynamic_sampling={algorithm.dynamic_sampling} asks for groups in place of those without signal, "
+        "which algorithm.drop_equal_groups=false trains all the same: set it to true",
+    )
+    most = algorithm.dynamic_windows * (config.rollout.capacity // max(1, algorithm.group_size))
+    yield (
+        algorithm.dynamic_sampling > most,
+        f"algorithm.dynamic_sampling={algorithm.dynamic_sampling} groups are more than algorithm.dynamic_windows="
+        f"{algorithm.dynamic_windows} windows of rollout.capacity={config.rollout.capacity} rollouts have: lower it to "
+        f"{most}, or raise one of those",
+    )
+    yield (
         algorithm.surrogate == "gspo" and algorithm.correction in TOKEN_CORRECTIONS,
         f"algorithm.surrogate=gspo has one ratio a response, and algorithm.correction={algorithm.correction} masks or "
         "weighs single tokens of it; use correction=none, mis or geometric",
@@ -166,6 +193,11 @@ def _combinations(config: Config) -> Iterator[Rule]:
         algorithm.anchor.value == "behavior" and algorithm.correction != "none",
         f"algorithm.anchor=behavior has p_train/p_infer in the surrogate's ratio already, and algorithm.correction="
         f"{algorithm.correction} would count it twice; use correction=none or anchor=proximal",
+    )
+    yield (
+        algorithm.routing_replay and not config.generation.return_routing,
+        "algorithm.routing_replay=true trains with the experts that generation chose, which it does not bring along: "
+        "set generation.return_routing=true",
     )
     yield (
         algorithm.surrogate == "reinforce" and config.training.minibatches > 1,
@@ -203,6 +235,11 @@ def _rollout(config: Config) -> Iterator[Rule]:
     )
     yield not 0 < rollout.top_p <= 1, f"rollout.top_p={rollout.top_p:g} must lie in (0, 1]"
     yield _at_least("rollout.top_k", rollout.top_k, 0)
+    yield (
+        rollout.lengths.median is not None and not rollout.lengths.median > 0,
+        f"rollout.lengths.median={rollout.lengths.median} must be above 0, or null to let end tokens end responses",
+    )
+    yield _at_least("rollout.lengths.sigma", rollout.lengths.sigma, 0)
     yield (
         rollout.top_p < 1 or rollout.top_k > 0,
         f"rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k}: training scores tokens under the whole distribution, "
@@ -273,7 +310,8 @@ def _training(config: Config) -> Iterator[Rule]:
     yield _above("training.clip_norm", training.clip_norm, 0)
     yield _at_least("training.lr_warmup_steps", training.lr_warmup_steps, 0)
     yield _at_least("training.max_bad_steps", training.max_bad_steps, 1)
-    yield _at_least("training.expert_bias_rate", training.expert_bias_rate, 0)
+    for key in ("balance_coefficient", "router_z_coefficient", "expert_bias_rate"):
+        yield _at_least(f"training.{key}", getattr(training, key), 0)
     yield (
         training.expert_bias_rate > 0 and training.lora.rank > 0,
         f"training.expert_bias_rate={training.expert_bias_rate:g} moves weights that training.lora.rank="
@@ -290,6 +328,10 @@ def _training(config: Config) -> Iterator[Rule]:
     yield (
         training.dtype not in ("auto", "float32", "bfloat16"),
         f'training.dtype="{training.dtype}": choose auto, float32 or bfloat16',
+    )
+    yield (
+        training.head_dtype not in ("auto", "float32"),
+        f'training.head_dtype="{training.head_dtype}": choose auto or float32',
     )
 
 
@@ -310,6 +352,35 @@ def _memory(config: Config) -> Iterator[Rule]:
         training.offload_optimizer and training.ranks > 1,
         f"training.offload_optimizer works on one rank, and training.ranks={training.ranks} share the states already: "
         "leave one of them out",
+    )
+
+
+def _streaming(config: Config) -> Iterator[Rule]:
+    training = config.training
+    if not training.offload_parameters:
+        return
+    yield (
+        config.device == "cpu",
+        "training.offload_parameters streams weights to a GPU, and device=cpu has them already; leave it out",
+    )
+    yield (
+        training.ranks > 1,
+        f"training.offload_parameters works on one rank, and training.ranks={training.ranks} share the weights: leave "
+        "one of them out",
+    )
+    yield (
+        not training.offload_optimizer,
+        "training.offload_parameters leaves masters and moments, six times as large, on the GPU: set "
+        "training.offload_optimizer=true",
+    )
+    yield (
+        training.recompute.value == "none",
+        "training.offload_parameters keeps no weight from forward to backward: set training.recompute to selective or "
+        "full",
+    )
+    yield (
+        config.placement.kind.value == "hybrid",
+        "training.offload_parameters has no weights on the GPU that generation could share: use placement=split",
     )
 
 
@@ -372,6 +443,39 @@ def _placement(config: Config) -> Iterator[Rule]:
     )
 
 
+def _parallel(config: Config) -> Iterator[Rule]:
+    training = config.training
+    ranks, tensor, expert = training.ranks, training.tensor_parallel, training.expert_parallel
+    yield _at_least("training.tensor_parallel", tensor, 1)
+    yield _at_least("training.expert_parallel", expert, 1)
+    yield (
+        ranks % (tensor * expert) != 0,
+        f"training.ranks={ranks} is no multiple of training.tensor_parallel={tensor} x training.expert_parallel="
+        f"{expert}; use {ranks + -ranks % (tensor * expert)}",
+    )
+    yield (
+        tensor * expert > 1 and config.placement.kind.value == "hybrid",
+        f"placement=hybrid decodes with whole copies, and training.tensor_parallel={tensor} x training.expert_parallel="
+        f"{expert} ranks have parts of the layers alone: use placement=split",
+    )
+    cut = f"training.tensor_parallel={tensor}" if tensor > 1 else f"training.expert_parallel={expert}"
+    yield (
+        tensor * expert > 1 and training.lora.rank > 0,
+        f"{cut} cuts matrices over ranks, and adapters (training.lora.rank={training.lora.rank}) stand beside whole "
+        "ones: shard by training.ranks alone",
+    )
+    yield (
+        tensor > 1 and training.optimizer.value == "adamw8bit",
+        f"{cut} cuts rows through the blocks that training.optimizer=adamw8bit scales: use adamw, or "
+        "training.tensor_parallel=1",
+    )
+    yield (
+        tensor > 1 and training.master.value == "bfloat16_stochastic",
+        f"{cut} needs norms that stay equal on the ranks that share them, and training.master=bfloat16_stochastic "
+        "rounds each at random: use training.master=float32",
+    )
+
+
 def _precision(config: Config) -> Iterator[Rule]:
     generation = config.generation
     dtype, head = generation.dtype, generation.head_dtype
@@ -385,7 +489,27 @@ def _precision(config: Config) -> Iterator[Rule]:
         f"generation.dtype={dtype} needs weights of its own, and placement=hybrid shares them with training: "
         "use placement=split or generation.dtype=auto",
     )
-    yield dtype == "fp8" and config.device == "cpu", "generation.dtype=fp8 needs a GPU, and device=cpu: use int8"
+
+
+def _weights(config: Config) -> Iterator[Rule]:
+    weights, transport = config.weights, config.weights.transport.value
+    yield _at_least("weights.bucket_bytes", weights.bucket_bytes, 4096)
+    yield _at_least("weights.verify_every", weights.verify_every, 0)
+    yield _at_least("weights.probe_every", weights.probe_every, 0)
+    yield _above("weights.probe_bound", weights.probe_bound, 0)
+    yield (
+        transport != "auto" and config.placement.kind.value == "hybrid",
+        f"weights.transport={transport} carries weights between processes, and placement=hybrid has one copy of them: "
+        "use auto, or placement=split",
+    )
+    yield (
+        transport == "ipc" and config.device == "cpu",
+        "weights.transport=ipc shares GPU memory, and device=cpu: use shared_memory",
+    )
+    yield (
+        transport == "nccl" and config.runtime.kind.value == "inline",
+        "weights.transport=nccl needs a process for each rank: use runtime=ray, or transport=auto",
+    )
 
 
 def _others(config: Config) -> Iterator[Rule]:
@@ -409,9 +533,6 @@ def _others(config: Config) -> Iterator[Rule]:
     yield _at_least("evaluation.every", config.evaluation.every, 0)
     yield _at_least("evaluation.prompts", config.evaluation.prompts, 1)
     yield _at_least("evaluation.temperature", config.evaluation.temperature, 0)
-    yield _at_least("weights.verify_every", config.weights.verify_every, 0)
-    yield _at_least("weights.probe_every", config.weights.probe_every, 0)
-    yield _above("weights.probe_bound", config.weights.probe_bound, 0)
     yield _at_least("checkpoint.every", config.checkpoint.every, 0)
     yield _at_least("checkpoint.keep_last", config.checkpoint.keep_last, 1)
     yield _at_least("checkpoint.keep_best", config.checkpoint.keep_best, 0)
@@ -420,6 +541,12 @@ def _others(config: Config) -> Iterator[Rule]:
         f"checkpoint.keep_best={config.checkpoint.keep_best} needs evaluations to choose by: set evaluation.every",
     )
     yield _at_least("data.max_prompt_tokens", config.data.max_prompt_tokens, 1)
+    curriculum = config.data.curriculum
+    yield (
+        ".py:" not in curriculum and curriculum not in CURRICULA,
+        f'data.curriculum="{curriculum}" is unknown{nearest(curriculum, CURRICULA)}',
+    )
+    yield _at_least("data.curriculum_visits", config.data.curriculum_visits, 1)
     yield (
         config.data.task is None and config.data.train is None,
         "no dataset: set data.task to the recipe's task.py or data.train to a JSONL file",

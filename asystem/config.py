@@ -112,6 +112,16 @@ class Master(Enum):
     bfloat16_stochastic = "bfloat16_stochastic"  # no copy beside the weights; they, moments, sums round at random
 
 
+class Transport(Enum):
+    """How weights travel in split placement; docs/weights.md has the table."""
+
+    auto = "auto"  # by where the ranks are
+    shared_memory = "shared_memory"  # host memory that all processes of a host map
+    store = "store"  # Ray's object store, or within one process its own memory
+    ipc = "ipc"  # GPU memory that processes of a host map
+    nccl = "nccl"  # sent in buckets by a process group of both sides; between CPU ranks by gloo
+
+
 class WandbMode(Enum):
     auto = "auto"  # online when a key is set, else offline
     offline = "offline"
@@ -161,6 +171,8 @@ class DataConfig:
     name: str = "task"  # names the metric eval/<name>/accuracy
     max_prompt_tokens: int = 1024
     shuffle: bool = True
+    curriculum: str = "none"  # none | unsolved | pass_rate | file.py:function: which prompts are asked again
+    curriculum_visits: int = 2  # groups of a prompt, the last ones, that this looks at; it is asked until then
 
 
 @dataclass
@@ -176,6 +188,10 @@ class AlgorithmConfig:
     value_clip: float | None = 0.2  # gae: by which a value may move from the old one a batch; null = no clip
     overlong_buffer: int = 0  # tokens before max_new_tokens in which the reward falls by up to 1 (DAPO); 0 = none
     drop_equal_groups: bool = False  # leave groups of equal rewards out of batch and denominators (DAPO)
+    group_filter: str | None = None  # file.py:function(rewards, lengths) -> whether a group trains; null = each does
+    # groups with signal that a batch waits for, window after window (DAPO's dynamic sampling); 0 = one window's
+    dynamic_sampling: int = 0
+    dynamic_windows: int = 4  # windows that a batch may take for them, of up to rollout.capacity new rollouts each
     surrogate: str = "ppo"  # ppo | gspo | cispo | reinforce
     anchor: Anchor = Anchor.proximal  # what the surrogate's ratio is taken against
     clip_low: float = 0.2  # ε of the clipped surrogate below 1
@@ -189,9 +205,18 @@ class AlgorithmConfig:
     mis_cap: float = 2.0  # of a response's product of ratios
     geometric_band: tuple[float, float] = (0.99, 1.01)  # of a response's geometric mean ratio
     normalizer: Normalizer = Normalizer.response
+    routing_replay: bool = False  # train with the experts that generation chose; needs generation.return_routing
     kl_coefficient: float = 0.0  # of the KL to the weights that RL started from; 0 = no reference is held
     kl_estimator: KLEstimator = KLEstimator.k3
     entropy_coefficient: float = 0.0  # of the entropy bonus
+
+
+@dataclass
+class LengthsConfig:
+    """For studies of speed: response lengths drawn from a log-normal distribution, whatever the model says."""
+
+    median: float | None = None  # tokens, cut at max_new_tokens; end tokens are then ignored; null = they end responses
+    sigma: float = 1.0  # of the logarithm
 
 
 @dataclass
@@ -206,6 +231,7 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     slice_steps: int = 16  # decode steps between two reports to the controller
+    lengths: LengthsConfig = field(default_factory=LengthsConfig)
 
 
 @dataclass
@@ -249,6 +275,8 @@ class LoraConfig:
 @dataclass
 class TrainingConfig:
     ranks: int = 1  # FSDP2 over them when more than 1
+    tensor_parallel: int = 1  # ranks that share every layer, and rows; each has a part of its heads and its MLP's width
+    expert_parallel: int = 1  # ranks that the experts are spread over; each has rows of its own
     micro_batch_tokens: int = 8192  # packed tokens of one forward and backward
     minibatches: int = 1  # optimizer steps per batch
     lr: float = 1e-6
@@ -259,12 +287,18 @@ class TrainingConfig:
     schedule: Schedule = Schedule.constant
     lr_warmup_steps: int = 0
     dtype: str = "auto"  # of the forward pass; reductions over ranks are float32
+    head_dtype: str = "auto"  # of logits: auto = as dtype | float32, as generation.head_dtype
     max_bad_steps: int = 5  # steps in a row with a NaN or infinite gradient before the run stops
     optimizer: Optimizer = Optimizer.adamw
     master: Master = Master.float32  # how weights are kept between steps
     offload_optimizer: bool = False  # on CUDA: float32 masters and moments in the host's memory; one rank
+    keep_logits: bool = False  # of a micro-batch until its backward pass, which else computes them again
+    # on CUDA, beside offload_optimizer and with recompute: blocks' weights in the host's memory, streamed; one rank
+    offload_parameters: bool = False
     recompute: Recompute = Recompute.none  # which activations the backward pass computes anew
     compile: Compile = Compile.auto  # torch.compile of the blocks, attention left out
+    balance_coefficient: float = 0.0  # of the loss that pulls routers towards equal load of experts; 0 = none
+    router_z_coefficient: float = 0.0  # of the loss that keeps routers' logits small; 0 = none
     expert_bias_rate: float = 0.0  # Ling 2.0: each step moves experts' biases by so much to equal load; 0 = frozen
     lora: LoraConfig = field(default_factory=LoraConfig)
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
@@ -308,12 +342,15 @@ class EvaluationConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 0  # optimizer steps; 0 = only at the end
+    at_end: bool = True  # of the last step too; false, and every: 0 = none at all, for studies of speed
     keep_last: int = 2
     keep_best: int = 0  # beside the last ones, those that scored best; only steps that were evaluated have a score
 
 
 @dataclass
 class WeightsConfig:
+    transport: Transport = Transport.auto  # auto | shared_memory | store | ipc | nccl
+    bucket_bytes: int = 134_217_728  # nccl: what a rank sends or receives at once; two such buckets are held
     verify_every: int = 1  # publications of which one is checked, each parameter by a checksum; 0 = never
     probe_every: int = 10  # and of which one is followed by a few samples that training scores too; 0 = never
     probe_bound: float = 0.2  # nats a token by which the two may differ in the mean
@@ -326,7 +363,6 @@ class RuntimeConfig:
     start_seconds: float = 120.0  # and so does starting a group
     threads_per_rank: int = 1  # torch threads of one rank on CPU
     object_store_bytes: int = 268_435_456
-    shared_memory: bool = True  # weights between processes of one host; false = through Ray's store
 
 
 @dataclass

@@ -1,14 +1,15 @@
 """Metrics that merge exactly: over micro-batches, over ranks, over steps.
 
 A mean is kept as total and count, a quantile as a histogram, so that adding two `Stats` gives what one pass over all
-tokens would have given, in whatever order parts arrive. Plain numbers and numpy: it pickles, and holds no tensor.
+tokens would have given, in whatever order parts arrive. Plain numbers and numpy: it pickles, once
+settled, and holds no tensor.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -68,6 +69,17 @@ class Stats:
     means: dict[str, tuple[float, float]] = field(default_factory=dict)  # total, count
     maxima: dict[str, float] = field(default_factory=dict)
     histograms: dict[str, LogHistogram] = field(default_factory=dict)
+    pending: list[Callable[[], Stats]] = field(default_factory=list)  # parts whose numbers are still on a device
+
+    @classmethod
+    def later(cls, part: Callable[[], Stats]) -> Stats:
+        """What ``part`` returns when it is asked: so that nobody waits for a device before all its work is queued."""
+        return cls(pending=[part])
+
+    def settled(self) -> Stats:
+        """The same with nothing pending; waits for devices."""
+        plain = replace(self, pending=[])
+        return merge([plain, *(part().settled() for part in self.pending)]) if self.pending else self
 
     def add_sum(self, name: str, value: float) -> None:
         """Adds to what is reported as ``name``."""
@@ -92,10 +104,13 @@ class Stats:
             _merge(self.means, other.means, lambda a, b: (a[0] + b[0], a[1] + b[1])),
             _merge(self.maxima, other.maxima, max),
             _merge(self.histograms, other.histograms, lambda a, b: a + b),
+            self.pending + other.pending,
         )
 
     def to_dict(self) -> dict[str, float]:
         """One number by name."""
+        if self.pending:
+            return self.settled().to_dict()
         result = dict(self.sums)
         result |= {name: total / count if count else math.nan for name, (total, count) in self.means.items()}
         result |= self.maxima

@@ -325,6 +325,13 @@ def main() -> None:
     rows.append(row("copy bandwidth", round(bandwidth / 1e12, 3), "TB/s", note="2 GiB, read plus written"))
     show(rows)
     results: dict[str, Result] = {}
+    vllm = vllm_rows(w1, None, run=False)
+
+    def write_all() -> None:  # after each shape: what ends early has shown something
+        if args.write:
+            found = [line for case in CASES for line in rows_of(case, results.get(case.name), bandwidth)]
+            write("generation", torch.cuda.get_device_name(), rows + found + vllm, packages=["triton", "vllm"])
+
     for shape in SHAPES:
         mine = [case for case in cases if case.shape == shape]
         model = build(SHAPES[shape]) if mine else None
@@ -335,13 +342,10 @@ def main() -> None:
             release()
         del model
         release()
-    for case in CASES:
-        rows += rows_of(case, results.get(case.name), bandwidth)
-    ours = results["W1"].rate if "W1" in results else None
-    rows += vllm_rows(w1, ours, args.vllm)
-    show(rows[-2:])
-    if args.write:
-        print(f"written to {write('generation', torch.cuda.get_device_name(), rows, packages=['triton', 'vllm'])}")
+        write_all()
+    vllm = vllm_rows(w1, results["W1"].rate if "W1" in results else None, args.vllm)
+    show(vllm)
+    write_all()
 
 
 if __name__ == "__main__":

@@ -17,25 +17,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from record import Row, cpu_name, row, show, write
 
 from asystem.config import LoraConfig, Recompute, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack
 from asystem.models import Decoder, ModelSpec, init_weights
 from asystem.training import TrainEngine, supervised_loss, train_memory
-from asystem.training.flops import train_flops
+from asystem.training.flops import product_rate, train_flops
 
 GIB = 2**30
 PROMPT = 128
@@ -81,15 +78,20 @@ class Case:
 
 
 LORA, FULL = {"lora": LoraConfig(rank=16)}, {"recompute": Recompute.full}
-W1 = Case("W1 0.6B", "0.6B", 256, 640, seconds=1.3, mfu=0.6)
+KEEP = {"keep_logits": True}
+W1 = Case("W1 0.6B", "0.6B", 256, 640, choices=KEEP, seconds=1.3, mfu=0.6)
 W3 = Case("W3 0.6B", "0.6B", 2, 16_384, choices=FULL, mfu=0.4, gib=12.5)
 W3_LORA = replace(W3, name="W3 0.6B LoRA", choices=FULL | LORA, mfu=None, gib=None)
 W3_4B = replace(W3, name="W3 4B LoRA", shape="4B", choices=FULL | LORA, mfu=0.45, gib=16.0)
 CASES = [
     W1,
-    replace(W1, name="W1 0.6B, 8k a micro-batch", micro=8192, cap=24, seconds=None, mfu=None),
+    W3,
+    W3_4B,
+    W3_LORA,
+    replace(W1, name="W1 0.6B, logits again", choices={}, seconds=None, mfu=None),
+    replace(W1, name="W1 0.6B, 8k a micro-batch", micro=8192, cap=24, choices={}, seconds=None, mfu=None),
     replace(W1, name="W1 0.6B, recompute full", cap=16, choices=FULL, seconds=None, mfu=None),
-    *(replace(case, cap=cap) for case in (W3, W3_LORA, W3_4B) for cap in (None, 24, 16)),
+    *(replace(case, cap=cap) for case in (W3, W3_4B, W3_LORA) for cap in (24, 16)),
     replace(W3, name="W3 0.6B, recompute selective", choices={"recompute": Recompute.selective}, mfu=None, gib=None),
     replace(W3, name="W3 0.6B, recompute none", choices={}, mfu=None, gib=None),
 ]
@@ -161,22 +163,6 @@ def run_case(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     }
 
 
-def product_rate(device: torch.device, tiny: bool) -> float:
-    """Operations a second of a square product of 8,192 (tiny: 512), in bf16 on CUDA: the median of 20."""
-    size, dtype = (512 if tiny else 8192), (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(23):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times[3:])
-
-
 def child(title: str, args: argparse.Namespace) -> dict[str, Any] | str:
     """The result of a case in a process of its own, or why there is none."""
     command = [sys.executable, __file__, "--child", title, "--device", args.device, "--repeats", str(args.repeats)]
@@ -195,21 +181,12 @@ def child(title: str, args: argparse.Namespace) -> dict[str, Any] | str:
 def run_child(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     if args.child == "rate":
-        result: dict[str, Any] = {"rate": product_rate(device, args.tiny)}
+        result: dict[str, Any] = {"rate": product_rate(device, repeats=20)}
     else:
         args.only = None
         case = next(case for case in cases_of(args) if case.title == args.child)
         result = run_case(case, device, args.repeats)
     print(json.dumps(result))
-
-
-Row = dict[str, Any]
-
-
-def row(
-    name: str, value: float | None, unit: str, *, mark: float | None = None, better: str = "higher", note: str = ""
-) -> Row:
-    return {"name": name, "value": value, "unit": unit, "mark": mark, "better": better, "note": note}
 
 
 def rows_of(case: Case, result: dict[str, Any] | str, rate: float) -> list[Row]:
@@ -236,34 +213,10 @@ def rows_of(case: Case, result: dict[str, Any] | str, rate: float) -> list[Row]:
 
 
 def describe(case: Case) -> str:
-    words = [f"{name}={value.name}" for name, value in case.choices.items() if hasattr(value, "name")]
+    words = [f"{name}={getattr(value, 'name', value)}" for name, value in case.choices.items() if name != "lora"]
     if lora := case.choices.get("lora"):
         words.append(f"LoRA r={lora.rank}")
     return ", ".join([f"{case.shape} shape", *words])
-
-
-def write(rows: list[Row], device: str) -> Path:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    study = {
-        "study": "training",
-        "device": device,
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit or os.environ.get("COMMIT", ""),
-        "command": f"python {' '.join(sys.argv)}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "rows": rows,
-    }
-    slug = "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
-    path = Path(__file__).parent / "results" / f"training-{slug}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(study, indent=2) + "\n")
-    return path
-
-
-def show(rows: list[Row]) -> None:
-    for line in rows:
-        value = "-" if line["value"] is None else f"{line['value']:,}"
-        print(f"{line['name']:62} {value:>12} {line['unit']:9} {line['mark'] or ''}", flush=True)
 
 
 def main() -> None:
@@ -276,13 +229,13 @@ def main() -> None:
     rate = measured["rate"]
     rows = [row("bf16 product of 8,192: rate", round(rate / 1e12, 1), "TFLOP/s", note="what MFU is a part of")]
     show(rows)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
     for case in cases_of(args):
         found = rows_of(case, child(case.title, args), rate)
         show(found)
         rows += found
-    if args.write:
-        device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or "cpu"
-        print(f"written to {write(rows, device)}")
+        if args.write:  # after each case: what ends early has shown something
+            write("training", device, rows)
 
 
 if __name__ == "__main__":

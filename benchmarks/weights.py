@@ -1,10 +1,13 @@
 """Publishing weights (W4): from training to generation, each in its own process.
 
-    python benchmarks/weights.py [--models qwen3_0_6b qwen3_1_7b] [--turns 5] [--write]
+    python benchmarks/weights.py [--device cuda] [--models qwen3_0_6b ...] [--turns 5] [--write]
+    python benchmarks/weights.py --device cpu --tiny          # whether it runs
 
-Real worker groups over Ray: a trainer and a generator, each with a whole model in bfloat16. A publication is what the
-controller awaits: the trainer writes what it holds, the generator takes it over. Its floor on one host is two copies of
-the bytes, so half the rate of a copy is all that there is to have. Pause is the part in which decoding stands.
+Real worker groups over Ray, random weights in bfloat16. A publication is what the controller awaits: training writes
+what it holds, or begins to send it; generation takes it over, and its decoding stands meanwhile (the pause). Through a
+buffer the floor is two copies of the bytes. On a GPU `of a copy` compares the bytes that these two read and write, in
+the time that the ranks themselves took, with those of a copy; on a CPU the published bytes with those of a copy, of
+which half is all that there is to have. Over a process group it compares with the link, measured by the same sends.
 """
 
 from __future__ import annotations
@@ -12,132 +15,351 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from record import Row, cpu_name, row, show, write
+from record import Row, cpu_name, row, show, slug, write
 
-from asystem.config import ModelConfig, PlacementConfig, RuntimeConfig
-from asystem.models import Decoder, init_weights, spec_from_config
+from asystem.config import Config, ModelConfig, PlacementConfig, RuntimeConfig, Transport
+from asystem.models import Box, Decoder, Shard, init_weights, local_piece, spec_from_config
 from asystem.spmd import Collect, Dispatch, Worker, make_runtime, remote, spawn, store
-from asystem.state import Inbox, Outbox, WeightPayload
+from asystem.spmd.exchange import Transfer
+from asystem.state import Inbox, Outbox, Published, StreamInbox, StreamOutbox, Terms
+from asystem.state.checksum import lazy_checksum, settled
 from asystem.types import Ref
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPE = torch.bfloat16
-MARK = 0.5  # of a copy's rate
+GPU_MARK, CPU_MARK, PAUSE_MARK = 0.8, 0.5, 5.0  # of a copy or link; of a copy; ms for the smallest model
+LINK_BYTES = 1 << 28
+PUBLISHED = (  # of papers and READMEs: GB, seconds
+    ("Awex over NCCL, 10B, published", 31, 0.8),
+    ("Awex over RDMA, 10B, published", 31, 0.5),
+    ("verl, 10B, published by Awex", 31, 3.5),
+    ("Awex over NCCL, 100B, published", 191, 9.0),
+    ("verl, 100B, published by Awex", 191, 35.0),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way from training to generation; ``ranks`` on either side, with more than one FSDP to tensor parallelism."""
+
+    transport: Transport
+    device: str
+    ranks: int = 1
+    gpus: float = 0.0
+
+    @property
+    def label(self) -> str:
+        name = "gloo" if self.transport is Transport.nccl and self.device == "cpu" else self.transport.value
+        return name + (f", FSDP {self.ranks} to TP {self.ranks}" if self.ranks > 1 else "")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", nargs="+", default=["qwen3_0_6b", "qwen3_1_7b"], help="of configs/model")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", nargs="+", help="of configs/model; default: as many as the device can")
+    parser.add_argument("--transports", nargs="+", choices=[t.value for t in Transport][1:], help="default: all")
+    parser.add_argument("--tiny", action="store_true", help="a model of 0.4 M parameters")
     parser.add_argument("--turns", type=int, default=5, help="the best counts")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/weights-cpu.json")
-    return parser.parse_args()
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/weights-<device>.json")
+    args = parser.parse_args()
+    if args.tiny:
+        args.models = ["tiny"]
+    elif args.models is None:
+        args.models = ["qwen3_0_6b", "qwen3_1_7b"] + (["qwen3_4b", "qwen3_8b"] if args.device == "cuda" else [])
+    return args
 
 
-def build(config: ModelConfig, seed: int | None) -> Decoder:
-    """Random weights, or with None whatever lies in memory."""
-    with torch.device("meta"):
-        model = Decoder(spec_from_config(config)).to(DTYPE)
-    model.to_empty(device="cpu")
-    if seed is None:
+def config_of(name: str) -> ModelConfig:
+    return ModelConfig(**yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text()))
+
+
+class Rank(Worker):
+    """What both sides have: a model on a device, whose memory is touched before the clock runs."""
+
+    def __init__(self, config: ModelConfig, case: Case) -> None:
+        self.config, self.case = config, case
+        self.device = torch.device(case.device, 0) if case.device == "cuda" else torch.device("cpu")
+        self.terms = Terms(case.ranks, case.ranks, self.device, 120.0, Config().weights.bucket_bytes)
+
+    def build(self, part: Shard | None, seed: int | None) -> Decoder:
+        spec = spec_from_config(self.config)
+        with torch.device("meta"):
+            model = (Decoder(spec) if part is None else part.decoder(spec)).to(DTYPE)
+        model.to_empty(device=self.device)
         for parameter in model.parameters():
-            parameter.data.zero_()  # touched, so that no page is new when the clock runs
-    else:
-        init_weights(model, seed)
-    return model
+            parameter.data.zero_()
+        if seed is not None:
+            init_weights(model, seed)
+        return model.requires_grad_(False)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def best(self, act: Callable[[], Any], times: int = 5) -> float:
+        """Seconds of the fastest of so many, after one."""
+        found = float("inf")
+        for turn in range(times + 1):
+            self.wait()
+            start = time.perf_counter()
+            act()
+            self.wait()
+            found = min(found, time.perf_counter() - start) if turn else found
+        return found
+
+    def link(self, exchange: Any, peer: int, is_sent: bool) -> float:
+        """Bytes a second of plain sends from one rank to another."""
+        block = torch.ones(LINK_BYTES, dtype=torch.uint8, device=self.device)
+        exchange.begin()
+        return LINK_BYTES / self.best(lambda: exchange.post([Transfer(peer, block, is_sent)])(), times=3)
 
 
-class Sender(Worker):
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-
+class Sender(Rank):
     async def setup(self) -> None:
-        self.model = build(self.config, seed=0)
-        self.outboxes = {verify: Outbox(self.model, verify_every=verify) for verify in (0, 1)}
+        model = self.build(None, seed=0)
+        if self.case.ranks > 1:
+            from torch.distributed.fsdp import fully_shard
+
+            for block in model.layers:
+                fully_shard(block)
+            fully_shard(model)
+        self.model = model
+        if self.case.transport is Transport.nccl:
+            self.outbox: Any = StreamOutbox(model, DTYPE, 1, self.rank, self.terms)
+        else:
+            self.outbox = Outbox(model, DTYPE, 1, self.case.transport, self.rank)
+
+    @remote(Dispatch.BROADCAST, Collect.FIRST)
+    async def device_name(self) -> str:
+        return torch.cuda.get_device_name(0) if self.device.type == "cuda" else cpu_name()
 
     @remote(Dispatch.BROADCAST, Collect.FIRST)
     async def copy_rate(self) -> float:
-        """Bytes a second of plain copies of all parameters, the best of three."""
-        pairs = [(parameter.detach(), torch.zeros_like(parameter)) for parameter in self.model.parameters()]
-        best = 0.0
-        for _ in range(3):
-            start = time.perf_counter()
+        """Bytes a second of plain copies of all parameters, of 4 GB of them at most."""
+        pairs, size = [], 0
+        for parameter in self.model.parameters():
+            if size < 4e9:
+                block = local_piece(parameter.detach())[1]
+                pairs.append((block, torch.zeros_like(block)))
+                size += block.nbytes
+
+        def copy() -> None:
             for source, target in pairs:
                 target.copy_(source)
-            best = max(best, sum(t.nbytes for _, t in pairs) / (time.perf_counter() - start))
-        return best
 
-    @remote(Dispatch.BROADCAST, Collect.CONCAT)
-    async def export(self, verify: int) -> list[Ref[WeightPayload]]:
-        return [store.put(self.outboxes[verify].write())]
-
-
-class Receiver(Worker):
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-
-    async def setup(self) -> None:
-        self.inbox = Inbox(build(self.config, seed=None))
+        return size / self.best(copy)
 
     @remote(Dispatch.BROADCAST, Collect.FIRST)
-    async def load(self, weights: Sequence[Ref[WeightPayload]]) -> float:
+    async def checksum_seconds(self) -> float:
+        """Seconds of the checksums of all parameters."""
+        blocks = [parameter.detach() for parameter in self.model.parameters()]
+
+        def check() -> None:
+            settled([lazy_checksum(b, Box.whole(tuple(b.shape)), tuple(b.shape)) for b in blocks])
+
+        return self.best(check)
+
+    @remote(Dispatch.BROADCAST, Collect.CONCAT)
+    async def export(self, verify: int) -> list[tuple[Ref[Published], float]]:
+        """Hands the weights over; with the seconds that this took."""
+        start = time.perf_counter()
+        self.outbox.verify_every = verify
+        return [(store.put(self.outbox.write()), time.perf_counter() - start)]
+
+    @remote(Dispatch.BROADCAST, Collect.FIRST)
+    async def measure_link(self) -> float:
+        self.outbox.settle()
+        return self.link(self.outbox._exchange, self.case.ranks + self.rank, True)
+
+
+class Receiver(Rank):
+    async def setup(self) -> None:
+        part = Shard(self.rank, self.case.ranks) if self.case.ranks > 1 else None
+        model = self.build(part, seed=None)
+        stream = self.case.transport is Transport.nccl
+        self.inbox: Any = StreamInbox(model, self.rank, self.terms) if stream else Inbox(model)
+
+    @remote(Dispatch.BROADCAST, Collect.ALL)
+    async def load(self, weights: Sequence[Ref[Published]]) -> float:
         """Takes weights over; returns the seconds that this took."""
         start = time.perf_counter()
         self.inbox.read(store.get_many(weights))
         return time.perf_counter() - start
 
+    @remote(Dispatch.BROADCAST, Collect.FIRST)
+    async def measure_link(self) -> float:
+        return self.link(self.inbox._exchange, self.rank, False)
 
-async def publish(sender: Sender, receiver: Receiver, verify: int, turns: int) -> tuple[float, float, int]:
-    """Seconds of a publication and of its pause, the best of so many turns after one; and its bytes."""
-    best, pause, size = float("inf"), float("inf"), 0
+
+@dataclass
+class Times:
+    """The best of several publications: seconds as the controller saw them, of writing, of the pause; and bytes."""
+
+    whole: float = float("inf")
+    work: float = float("inf")  # writing and pause, as the ranks themselves measured them
+    pause: float = float("inf")
+    size: int = 0
+
+
+async def publish(sender: Sender, receiver: Receiver, verify: int, turns: int) -> Times:
+    best = Times()
     for turn in range(turns + 1):
         start = time.perf_counter()
-        weights = await sender.export(verify)
-        loading = await receiver.load(weights)
+        handed = await sender.export(verify)
+        loading = max(await receiver.load([ref for ref, _ in handed]))
+        whole, writing = time.perf_counter() - start, max(seconds for _, seconds in handed)
         if turn:
-            best, pause = min(best, time.perf_counter() - start), min(pause, loading)
-        size = sum(part.num_bytes for part in weights)
-    return best, pause, size
+            best.whole, best.pause = min(best.whole, whole), min(best.pause, loading)
+            best.work = min(best.work, writing + loading)
+        best.size = sum(ref.num_bytes for ref, _ in handed)
+    return best
 
 
-def measure(name: str, args: argparse.Namespace) -> list[Row]:
-    config = ModelConfig(**yaml.safe_load((ROOT / "configs" / "model" / f"{name}.yaml").read_text()))
-    rows = []
-    copied = 0.0
-    for shared in (True, False):
-        runtime_config = RuntimeConfig(
-            threads_per_rank=args.threads, shared_memory=shared, object_store_bytes=6 * 2**30
+async def both_links(sender: Sender, receiver: Receiver) -> float:
+    rates = await asyncio.gather(sender.measure_link(), receiver.measure_link())
+    return min(rates)
+
+
+@contextmanager
+def groups(config: ModelConfig, case: Case, args: argparse.Namespace) -> Iterator[tuple[Sender, Receiver]]:
+    with make_runtime(runtime_config(args), PlacementConfig()) as runtime:
+        common: dict[str, Any] = {"ranks": case.ranks, "runtime": runtime, "gpus": case.gpus}
+        sender = spawn(Sender, config, case, name="trainers", collective=case.ranks > 1, **common)
+        receiver = spawn(Receiver, config, case, name="generators", **common)
+        yield sender, receiver
+
+
+def runtime_config(args: argparse.Namespace) -> RuntimeConfig:
+    store_bytes = 256 * 2**20 if args.tiny or args.device == "cuda" else 6 * 2**30
+    return RuntimeConfig(threads_per_rank=args.threads, object_store_bytes=store_bytes, deadline_seconds=150.0)
+
+
+def measure(name: str, case: Case, args: argparse.Namespace) -> list[Row]:
+    """The figures of one model over one transport."""
+    rows: list[Row] = []
+    label, is_stream = f"{name}, {case.label}", case.transport is Transport.nccl
+    with groups(config_of(name), case, args) as (sender, receiver):
+        times = {verify: asyncio.run(publish(sender, receiver, verify, args.turns)) for verify in (0, 1)}
+        copied = asyncio.run(sender.copy_rate())
+        rows.append(row(f"{label}: a copy on the device", copied / 1e9, "GB/s", note="bytes copied"))
+        link = asyncio.run(both_links(sender, receiver)) if is_stream else 0.0
+        if is_stream:
+            rows.append(row(f"{label}: the link", link * case.ranks / 1e9, "GB/s", note="plain sends of 256 MiB"))
+        checking = asyncio.run(sender.checksum_seconds()) if case.ranks == 1 else None
+    for verify, found in times.items():
+        rows += figures(label + ", verified" * verify, found, name, case, copied, link, is_marked=not verify)
+    if checking is not None:
+        size = times[0].size
+        share = checking / (size / copied)
+        note = f"{checking * 1e3:.3g} ms for {size / 1e9:.3g} GB"
+        rows.append(
+            row(f"{label}: checksums of all, of a copy's time", share, "1", mark=1.0, better="lower", note=note)
         )
-        with make_runtime(runtime_config, PlacementConfig()) as runtime:
-            sender = spawn(Sender, config, name="trainers", ranks=1, runtime=runtime, gpus=0)
-            receiver = spawn(Receiver, config, name="generators", ranks=1, runtime=runtime, gpus=0)
-            if shared:
-                copied = asyncio.run(sender.copy_rate())
-                rows.append(row(f"{name}: a copy", copied / 1e9, "GB/s", better="higher"))
-            for verify in (0, 1) if shared else (0,):
-                seconds, pause, size = asyncio.run(publish(sender, receiver, verify, args.turns))
-                label = f"{name}: " + ("shared memory" if shared else "Ray's store") + ", verified" * verify
-                is_marked = shared and not verify
-                rate = size / seconds
-                note = f"{size / 1e9:.2f} GB, pause {pause:.3g} s"
-                rows.append(row(label, rate / 1e9, "GB/s", better="higher", note=note))
-                mark = MARK if is_marked else None
-                rows.append(row(f"{label}, of a copy", rate / copied, "1", mark=mark, better="higher"))
+    cost = (times[1].work - times[0].work) * 1e3
+    rows.append(row(f"{label}: checksums in a publication", cost, "ms", better="lower", note="both sides"))
     show(rows)
     return rows
 
 
+def figures(
+    label: str, found: Times, name: str, case: Case, copied: float, link: float, *, is_marked: bool
+) -> Iterator[Row]:
+    is_gpu, is_stream = case.device == "cuda", case.transport is Transport.nccl
+    note = f"{found.size / 1e9:.3g} GB in {found.whole * 1e3:.3g} ms, of them the ranks' work {found.work * 1e3:.3g} ms"
+    yield row(label, found.size / found.whole / 1e9, "GB/s", note=note)
+    pause_mark = PAUSE_MARK if is_marked and is_gpu and not is_stream and name == "qwen3_0_6b" else None
+    yield row(f"{label}: generation's pause", found.pause * 1e3, "ms", mark=pause_mark, better="lower")
+    if is_stream:
+        mark = GPU_MARK if is_marked and is_gpu else None
+        yield row(f"{label}: of the link", found.size / found.work / (link * case.ranks), "1", mark=mark)
+    elif is_gpu:
+        mark = GPU_MARK if is_marked and case.transport is Transport.ipc else None
+        yield row(f"{label}: both copies, of a copy", 2 * found.size / found.work / copied, "1", mark=mark)
+        yield row(f"{label}: the pause's copy, of a copy", found.size / found.pause / copied, "1")
+    else:
+        mark = CPU_MARK if is_marked and case.transport is Transport.shared_memory else None
+        yield row(f"{label}: of a copy", found.size / found.whole / copied, "1", mark=mark)
+
+
+def cases(args: argparse.Namespace, num_gpus: int) -> list[Case]:
+    """The transports that this machine has."""
+    if args.device == "cpu":
+        found = [Case(t, "cpu") for t in (Transport.shared_memory, Transport.store, Transport.nccl)]
+        found += [Case(Transport.nccl, "cpu", ranks=2)] if args.tiny else []
+    else:
+        half = 0.5 if num_gpus == 1 else 1.0  # two processes share an only one
+        found = [Case(Transport.ipc, "cuda", gpus=half), Case(Transport.shared_memory, "cuda", gpus=half)]
+        found += [Case(Transport.nccl, "cuda", gpus=1.0)] if num_gpus > 1 else []
+        found += [Case(Transport.nccl, "cuda", ranks=2, gpus=1.0)] if num_gpus > 3 else []
+    return [case for case in found if not args.transports or case.transport.value in args.transports]
+
+
+def hybrid() -> list[Row]:
+    """In hybrid placement both engines have one storage: the bytes of generation's parameters that are its own."""
+    import tempfile
+
+    from asystem.workers import HybridWorker
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "task.py").write_text(
+            'def train(): return [{"prompt": "a", "answer": "b"}]\ndef evaluation(): return []\n'
+            "def demonstrations(): return []\n"
+            "def reward(row, response): return 0.0\n"
+        )
+        config = Config(recipe_dir=folder, device="cpu")
+        config.data.task, config.generation.graphs, config.rollout.max_new_tokens = "task.py", False, 4
+        config.data.max_prompt_tokens = 8
+        worker = HybridWorker(config, Path(folder))
+        asyncio.run(worker.setup())
+        handed = asyncio.run(worker.export_weights())
+        own = {parameter.data_ptr() for parameter in worker.trainer.model.parameters()}
+        copied = sum(p.nbytes for p in worker.engine.model.parameters() if p.data_ptr() not in own)
+    total = sum(ref.num_bytes for ref in handed) + copied
+    rows = [row("hybrid placement: bytes copied", total, "B", mark=0, better="lower", note="a small model on a CPU")]
+    show(rows)
+    return rows
+
+
+def attempt(label: str, act: Callable[[], list[Row]]) -> list[Row]:
+    """The rows, or one that says why there are none: a case that fails does not hide the others."""
+    try:
+        return act()
+    except Exception as error:
+        traceback.print_exc()
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        rows = [row(label, None, "GB/s", note=f"failed: {type(error).__name__}: {reason}")]
+        show(rows)
+        return rows
+
+
 def main() -> None:
     args = parse()
-    rows = [each for name in args.models for each in measure(name, args)]
+    rows, device = [], f"{cpu_name()}, {args.threads} threads a rank"
+    with make_runtime(runtime_config(args), PlacementConfig()) as runtime:  # the others join its cluster
+        num_gpus = int(runtime.num_gpus) if args.device == "cuda" else 0
+        for name in args.models:
+            for case in cases(args, num_gpus):
+                if case.transport is Transport.shared_memory and case.device == "cuda" and name != args.models[0]:
+                    continue  # through the host: once, to compare with
+                rows += attempt(f"{name}, {case.label}", lambda name=name, case=case: measure(name, case, args))
+    more = attempt("hybrid placement: bytes copied", hybrid)
+    known = [row(what, gb / seconds, "GB/s", note=f"{gb} GB in {seconds:g} s") for what, gb, seconds in PUBLISHED]
+    show(known)
+    if args.device == "cuda":
+        device = f"{num_gpus} x {torch.cuda.get_device_name(0)}" if num_gpus > 1 else torch.cuda.get_device_name(0)
     if args.write:
-        device = f"{cpu_name()}, {args.threads} threads a rank"
-        print(f"written to {write('weights', device, rows, packages=['ray'], name='cpu')}")
+        name = "cpu" if args.device == "cpu" else slug(torch.cuda.get_device_name(0)) + f"-x{num_gpus}" * (num_gpus > 1)
+        print(f"written to {write('weights', device, rows + more + known, packages=['ray', 'triton'], name=name)}")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def policy_loss(
     infer_logprobs: Tensor,
     advantages: Tensor,
     token_weights: Tensor,
-    mask: Tensor,
+    rows: Tensor,
     sequence: Tensor,
     algorithm: Algorithm,
     old_logprobs: Tensor | None = None,
@@ -36,16 +36,16 @@ def policy_loss(
 
     Args:
         logprobs: [T] log p(token; theta), with gradient. infer_logprobs: [T] as sampled.
-        advantages, token_weights: [T]. mask: [T] bool, true on response tokens; nothing else counts.
+        advantages, token_weights: [T]. rows: [M] int64, those of response tokens; nothing else counts.
         sequence: [T] the number of each token's response.
         old_logprobs: [T] from before the batch's first update; None = this is the first update.
         ref_logprobs: [T] of the frozen reference, where `algorithm.kl_coefficient` is above 0.
         entropy: [T] of the training distribution; with gradient where `algorithm.entropy_coefficient` is not 0.
 
     Returns:
-        loss, a scalar, and what `mismatch/*`, `train/*` and the correction's own metrics are made of.
+        loss, a scalar, and what `mismatch/*`, `train/*` and the correction's own metrics are made of, for later.
     """
-    cfg, rows = algorithm.cfg, mask.nonzero().squeeze(1)
+    cfg = algorithm.cfg
     new, infer = logprobs.index_select(0, rows), infer_logprobs.index_select(0, rows)
     old = new.detach() if old_logprobs is None else old_logprobs.detach().index_select(0, rows)
     responses = sequence.index_select(0, rows).long()
@@ -63,18 +63,26 @@ def policy_loss(
     )
     scale = token_weights.index_select(0, rows)
     loss = -(torch.where(keep, scale * weights, 0.0) * surrogate).sum()
-    stats = Stats()
+    kl = known = None
     if ref_logprobs is not None and cfg.kl_coefficient > 0:
         reference = ref_logprobs.detach().index_select(0, rows)
         known = torch.isfinite(new.detach() - reference)
         kl = kl_to_reference(torch.where(known, new, 0.0), torch.where(known, reference, 0.0), cfg.kl_estimator)
         loss = loss + cfg.kl_coefficient * (scale * kl).sum()
-        stats.add_mean("train/kl_reference", float(kl.detach().sum()), float(known.sum()))
+        kl = kl.detach()
     entropies = None if entropy is None else entropy.index_select(0, rows)
     if entropies is not None and cfg.entropy_coefficient != 0:
         finite = torch.isfinite(entropies.detach())
         loss = loss - cfg.entropy_coefficient * (scale * torch.where(finite, entropies, 0.0)).sum()
-    return loss, stats + _stats(algorithm, old, infer, weights, is_clipped, responses, entropies)
+    entropies = None if entropies is None else entropies.detach()
+
+    def stats() -> Stats:
+        stats = _stats(algorithm, old, infer, weights, is_clipped, responses, entropies)
+        if kl is not None and known is not None:
+            stats.add_mean("train/kl_reference", float(kl.sum()), float(known.sum()))
+        return stats
+
+    return loss, Stats.later(stats)
 
 
 def _stats(

@@ -45,7 +45,7 @@ def value_loss(
     old_values: Tensor,
     returns: Tensor,
     token_weights: Tensor,
-    mask: Tensor,
+    rows: Tensor,
     cfg: AlgorithmConfig,
 ) -> tuple[Tensor, Stats]:
     """The critic's part of the loss, clipped as PPO's surrogate is: a value moves by at most `value_clip` a batch.
@@ -54,19 +54,23 @@ def value_loss(
 
     Args:
         values: [T] with gradient. old_values, returns: [T] from before the batch's first update (`gae`).
-        token_weights: [T] w. mask: [T] bool, true on response tokens; nothing else counts.
+        token_weights: [T] w. rows: [M] int64, those of response tokens; nothing else counts.
 
     Source: arXiv 1707.06347, equation 9 (c1); the clip is that of OpenAI's implementation of it.
     """
-    rows = mask.nonzero().squeeze(1)
     new, old, wanted = (part.index_select(0, rows) for part in (values, old_values, returns))
     errors = (new - wanted).square()
-    is_clipped = torch.zeros_like(mask[rows])
+    is_clipped = torch.zeros_like(new, dtype=torch.bool)
     if cfg.value_clip is not None:
         clipped = (old + (new - old).clamp(-cfg.value_clip, cfg.value_clip) - wanted).square()
         is_clipped = clipped > errors
         errors = torch.maximum(errors, clipped)
-    stats = Stats()
-    stats.add_mean("value/loss", 0.5 * float(errors.detach().sum()), len(rows))
-    stats.add_mean("value/clip_fraction", float(is_clipped.sum()), len(rows))
-    return 0.5 * cfg.value_coefficient * (token_weights.index_select(0, rows) * errors).sum(), stats
+    total = errors.detach().sum()
+
+    def stats() -> Stats:
+        stats = Stats()
+        stats.add_mean("value/loss", 0.5 * float(total), len(rows))
+        stats.add_mean("value/clip_fraction", float(is_clipped.sum()), len(rows))
+        return stats
+
+    return 0.5 * cfg.value_coefficient * (token_weights.index_select(0, rows) * errors).sum(), Stats.later(stats)

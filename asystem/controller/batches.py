@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 
 import torch
@@ -11,7 +11,8 @@ from asystem.algorithms import advantages, choose, overlong_penalty
 from asystem.config import Config
 from asystem.data.batch import Batch, BatchRow
 from asystem.errors import RewardError
-from asystem.rollout import Window
+from asystem.plugin import load_function
+from asystem.rollout import Group, Window
 from asystem.types import FinishedRollout, Score
 
 
@@ -31,7 +32,7 @@ def build_batch(config: Config, window: Window, scores: dict[int, Score], versio
             scores.pop(rollout.rollout, None)
     values = _advantages(config, rollouts, graded)
     rows = [_row(*one) for one in zip(rollouts, graded, values, strict=True)]
-    kept = _with_signal(rows) if config.algorithm.drop_equal_groups else rows
+    kept = _kept_rows(config, rows)
     good = [row for row in kept if row.error is None]
     num_tokens, trained = sum(row.length for row in good), {row.group for row in kept}
     return Batch(kept, version, num_tokens, len(good), dropped=[row for row in rows if row.group not in trained])
@@ -77,13 +78,41 @@ def _row(rollout: FinishedRollout, score: Score, advantage: float) -> BatchRow:
     )
 
 
-def _with_signal(rows: Sequence[BatchRow]) -> list[BatchRow]:
-    """Without the groups whose rewards are all equal; all of them where nothing else would be left."""
-    rewards: dict[int, set[float]] = {}
+def _kept_rows(config: Config, rows: Sequence[BatchRow]) -> list[BatchRow]:
+    """Without the groups that a filter leaves out; all of them where nothing else would be left."""
+    graded: dict[int, list[tuple[float, int]]] = {}
     for row in rows:
-        rewards.setdefault(row.group, set()).update([row.reward] if row.error is None else [])
-    kept = [row for row in rows if len(rewards[row.group]) > 1]
+        graded.setdefault(row.group, []).extend([(row.reward, row.length)] if row.error is None else [])
+    kept = [row for row in rows if _is_kept(config, graded[row.group])]
     return kept or list(rows)
+
+
+def kept_groups(config: Config, groups: Iterable[Group], scores: Mapping[int, Score]) -> int:
+    """How many complete groups no filter leaves out: what dynamic sampling counts."""
+    graded = ([(scores[rollout.rollout], rollout.length) for rollout in group.finished] for group in groups)
+    return sum(_is_kept(config, [(s.reward, n) for s, n in pairs if s.error is None]) for pairs in graded)
+
+
+def _is_kept(config: Config, graded: Sequence[tuple[float, int]]) -> bool:
+    """Whether a group trains, by (reward, length) of its rollouts whose rewards did not fail."""
+    algorithm = config.algorithm
+    rewards, lengths = [reward for reward, _ in graded], [length for _, length in graded]
+    if algorithm.drop_equal_groups and len(set(rewards)) < 2:
+        return False
+    if algorithm.group_filter is None:
+        return True
+    return bool(
+        load_function(algorithm.group_filter, config.recipe_dir, key="algorithm.group_filter")(rewards, lengths)
+    )
+
+
+def mean_rewards(batch: Batch) -> list[tuple[int, float]]:
+    """(prompt, mean reward) of each group of the window, those left out of the batch included; failed rewards aside."""
+    groups: dict[int, list[BatchRow]] = {}
+    for row in (*batch.rows, *batch.dropped):
+        if row.error is None:
+            groups.setdefault(row.group, []).append(row)
+    return [(rows[0].prompt, fmean(row.reward for row in rows)) for rows in groups.values()]
 
 
 def accuracy(scores: Iterable[Score]) -> float:
@@ -102,6 +131,7 @@ def rollout_metrics(window: Window, batch: Batch) -> dict[str, float]:
         "reward/errors": len(rows) - len(rewards),
         "reward/groups_with_signal": mixed / len(window.groups),
         "rollout/groups": len(window.groups),
+        "rollout/windows": window.count,
         "rollout/tokens": batch.num_tokens,
         "rollout/length_mean": fmean(rollout.length for rollout in rollouts),
         "rollout/length_max": max(rollout.length for rollout in rollouts),

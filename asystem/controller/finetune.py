@@ -40,9 +40,16 @@ def finetune(config: Config) -> dict[str, Any]:
     loop: Finetuner | None = None
     with ending(tracker, lambda: {} if loop is None else loop.summary()):
         with make_runtime(config.runtime, config.placement, on_call=tracker.call) as runtime:
-            ranks = config.training.ranks
-            gpus = 0.0 if config.device == "cpu" else 1.0
-            trainers = spawn(FinetuneWorker, config, run_dir, name="trainers", ranks=ranks, runtime=runtime, gpus=gpus)
+            trainers = spawn(
+                FinetuneWorker,
+                config,
+                run_dir,
+                name="trainers",
+                ranks=config.training.ranks,
+                runtime=runtime,
+                replica_ranks=config.training.tensor_parallel,
+                gpus=0.0 if config.device == "cpu" else 1.0,
+            )
             loop = Finetuner(config, trainers, data, tracker)
             asyncio.run(loop.run())
         if config.finetune.export:

@@ -21,40 +21,18 @@ from __future__ import annotations
 
 import asyncio
 
-from asystem.config import Config
-from asystem.controller.batches import accuracy, build_batch, rollout_metrics
-from asystem.rollout import Pool, TokenBudget, Window
-from asystem.spmd import replicas
-from asystem.tracking import Tracker
-from asystem.types import Score
-from asystem.workers import GenerateWorker, RewardWorker, TrainWorker
-
-Scoring = list[asyncio.Task[list[Score]]]
+from asystem.controller.batches import kept_groups, rollout_metrics
+from asystem.controller.session import Scoring, Session
+from asystem.rollout import TokenBudget, Window
 
 
-class Controller:
+class Controller(Session):
     """Orchestrates three worker groups, each of which is one local object or many ranks: the calls read the same."""
-
-    def __init__(
-        self,
-        config: Config,
-        trainers: TrainWorker,
-        generators: GenerateWorker,
-        rewarders: RewardWorker,
-        pool: Pool,
-        tracker: Tracker,
-    ) -> None:
-        self.config, self.pool, self.tracker = config, pool, tracker
-        self.trainers, self.generators, self.rewarders = trainers, generators, rewarders
-        self.replicas = replicas(generators)
-        self.version = self.generated = self.trained = 0  # of the weights; response tokens
-        self.accuracy: dict[int, float] = {}  # on held-out prompts, by version
-        self._windows: asyncio.Queue[tuple[Window, Scoring]] = asyncio.Queue()
-        self._ahead = asyncio.Semaphore(config.rollout.max_staleness + 1)  # batches begun and not yet trained
-        self._scores: dict[int, Score] = {}  # of finished rollouts whose group still waits
 
     async def run(self) -> None:
         """Warms up, then trains `config.steps` batches. Any failure ends every task and is raised."""
+        self._windows: asyncio.Queue[tuple[Window, Scoring]] = asyncio.Queue()
+        self._ahead = asyncio.Semaphore(self.config.rollout.max_staleness + 1)  # batches begun and not yet trained
         await self._warm_up()
         await self._publish_weights()
         self.tracker.log(0, 0, await self._evaluate())
@@ -66,9 +44,8 @@ class Controller:
         await self._save()
 
     async def _train(self, window: Window, scoring: Scoring) -> None:
-        for scores in await asyncio.gather(*scoring):
-            self._scores.update((score.rollout, score) for score in scores)
-        batch = build_batch(self.config, window, self._scores, self.version)
+        await self._gather(scoring)
+        batch = self._batch(window)
         self.tracker.record("update", window=window.index)
         stats = await self.trainers.update(batch)
         self.version += 1
@@ -86,9 +63,18 @@ class Controller:
         while True:
             await self._ahead.acquire()
             scoring: Scoring = []
-            while not (window := await self._window(scoring)).groups:
-                pass  # nothing was complete: the rollouts are carried into another window, and training waits
+            window = await self._window(scoring)
+            while not await self._suffices(window, scoring):
+                window = window.join(await self._window(scoring))
             self._windows.put_nowait((window, scoring))
+
+    async def _suffices(self, window: Window, scoring: Scoring) -> bool:
+        """Whether it makes a batch: some group is complete, or as many have signal as dynamic sampling asks for."""
+        algorithm = self.config.algorithm
+        if algorithm.dynamic_sampling == 0 or window.count >= algorithm.dynamic_windows:
+            return bool(window.groups)
+        await self._gather(scoring)
+        return kept_groups(self.config, window.groups, self._scores) >= algorithm.dynamic_sampling
 
     async def _window(self, scoring: Scoring) -> Window:
         """C3PO++: decode until Φ new tokens exist, wherever each rollout stands then."""
@@ -127,24 +113,3 @@ class Controller:
         probe = await self.generators.load_weights(weights, self.version, self._is_due(self.config.weights.probe_every))
         if probe is not None:
             await self.trainers.check_probe(probe)
-
-    async def _evaluate(self) -> dict[str, float]:
-        """Accuracy on held-out prompts under the weights just published; rollouts in flight are held meanwhile."""
-        if not (rows := await self.generators.num_held_out()):
-            return {}
-        self.tracker.record("evaluate")
-        finished = await self.generators.evaluate(list(range(min(rows, self.config.evaluation.prompts))))
-        self.accuracy[self.version] = accuracy(await self.rewarders.score(finished, held_out=True))
-        return {f"eval/{self.config.data.name}/accuracy": self.accuracy[self.version]}
-
-    async def _warm_up(self) -> None:
-        steps = self.config.training.warmup.steps
-        for done in range(0, steps, 20):
-            stats = await self.trainers.warm_up(min(20, steps - done))
-            self.tracker.progress(tokens=0, phase=f"warm-up {done}/{steps}, loss {stats.to_dict()['train/loss']:.3f}")
-
-    async def _save(self) -> None:
-        await self.trainers.save(self.version, self.accuracy.get(self.version))
-
-    def _is_due(self, every: int) -> bool:
-        return every > 0 and self.version % every == 0

@@ -8,7 +8,7 @@ with the same seed and arithmetic every token, reward and loss is the same, bit 
     decode    a slice began on a replica, with what the pool had to ask and this lease
     decoded   its report arrived
     window    the window closed: groups were handed over, others purged
-    update    the window's batch began to train
+    update    the batch of this window, and of those before that were not trained yet, began to train
     weights   the newest weights were sent to the generators
     evaluate  held-out prompts were asked
 
@@ -20,13 +20,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from asystem.config import Config
-from asystem.controller.batches import build_batch, rollout_metrics
+from asystem.controller.batches import rollout_metrics
 from asystem.controller.loop import Controller
 from asystem.controller.run import train
 from asystem.errors import DataError
@@ -47,7 +47,7 @@ class Replay(Controller):
     async def run(self) -> None:
         """Repeats the events, to the last batch that was trained."""
         self._reports: dict[int, DecodeReport] = {}  # by replica
-        self._closed: dict[int, Window] = {}
+        self._closed: list[Window] = []  # and not trained
         self._metrics: dict[str, float] = {}  # of the step under way
         await self._warm_up()
         for event in self.events:
@@ -65,15 +65,16 @@ class Replay(Controller):
         self.generated += report.generated
         self.tracker.progress(tokens=self.generated, phase="replay", in_flight=sum(self.pool.num_in_flight))
 
-    async def _on_window(self, index: int, **_: Any) -> None:
-        self._closed[index] = self.pool.close_window()
-        for replica, rollouts in self._closed[index].to_drop().items():
+    async def _on_window(self, **_: Any) -> None:
+        self._closed.append(self.pool.close_window())
+        for replica, rollouts in self._closed[-1].to_drop().items():
             await self.replicas[replica].drop(rollouts)
 
     async def _on_update(self, window: int) -> None:
         self._log()
-        closed = self._closed.pop(window)
-        batch = build_batch(self.config, closed, self._scores, self.version)
+        closed = reduce(Window.join, (each for each in self._closed if each.index <= window))
+        self._closed = [each for each in self._closed if each.index > window]
+        batch = self._batch(closed)
         stats = await self.trainers.update(batch)
         self.version += 1
         self.trained += batch.num_tokens

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from asystem.config import Config, PlacementKind
 from asystem.controller.loop import Controller
 from asystem.controller.planning import resolve
 from asystem.data.task import load_task
-from asystem.rollout import Pool, PromptOrder
+from asystem.errors import WorkerError
+from asystem.plugin import is_plugin, load_function
+from asystem.rollout import CURRICULA, Chance, Pool, PromptOrder
 from asystem.spmd import Runtime, make_runtime, spawn
+from asystem.state import choose_transport
 from asystem.tracking import Tracker, new_run_dir
 from asystem.workers import GenerateWorker, HybridWorker, RewardWorker, TrainWorker
 from asystem.workers.build import check_model
@@ -34,6 +38,9 @@ def train(config: Config, make_controller: Callable[..., Controller] = Controlle
     """
     task = load_task(config.data, config.recipe_dir)
     choose(config.algorithm, config.recipe_dir)
+    if config.algorithm.group_filter is not None:
+        load_function(config.algorithm.group_filter, config.recipe_dir, key="algorithm.group_filter")
+    pool = make_pool(config, len(task.train))
     check_model(config)
     config, reasons = resolve(config)
     run_dir = new_run_dir(config)
@@ -47,7 +54,6 @@ def train(config: Config, make_controller: Callable[..., Controller] = Controlle
         make_runtime(config.runtime, config.placement, on_call=tracker.call) as runtime,
     ):
         trainers, generators, rewarders = spawn_groups(config, runtime, run_dir)
-        pool = make_pool(config, len(task.train))
         controller = make_controller(config, trainers, generators, rewarders, pool, tracker)
         asyncio.run(_until_first_failure(controller))
     return tracker.finish("finished", {})
@@ -68,9 +74,17 @@ def ending(tracker: Tracker, figures: Callable[[], dict[str, Any]]) -> Iterator[
 
 
 def make_pool(config: Config, num_prompts: int) -> Pool:
-    """The rollout pool that the configuration asks for."""
+    """The rollout pool that the configuration asks for.
+
+    Raises:
+        ConfigError, DataError: the recipe has no such curriculum.
+    """
+    data, name = config.data, config.data.curriculum
+    chance: Chance | None = CURRICULA.get(name)
+    if is_plugin(name):
+        chance = load_function(name, config.recipe_dir, key="data.curriculum")
     return Pool(
-        PromptOrder(num_prompts, seed=config.seed, shuffle=config.data.shuffle),
+        PromptOrder(num_prompts, seed=config.seed, shuffle=data.shuffle, chance=chance, memory=data.curriculum_visits),
         group_size=config.algorithm.group_size,
         capacity=config.rollout.capacity,
         retention=config.rollout.retention,
@@ -86,7 +100,18 @@ def spawn_groups(config: Config, runtime: Runtime, run_dir: Path) -> tuple[Train
     if config.placement.kind is PlacementKind.hybrid:
         hybrid = spawn(HybridWorker, config, run_dir, name="hybrid", ranks=training.ranks, runtime=runtime, gpus=gpus)
         return hybrid, hybrid, rewarders
-    trainers = spawn(TrainWorker, config, run_dir, name="trainers", ranks=training.ranks, runtime=runtime, gpus=gpus)
+    transport = choose_transport(config, gpus=gpus if runtime.num_gpus else 0.0, one_host=runtime.one_host)
+    config = replace(config, weights=replace(config.weights, transport=transport))
+    trainers = spawn(
+        TrainWorker,
+        config,
+        run_dir,
+        name="trainers",
+        ranks=training.ranks,
+        runtime=runtime,
+        replica_ranks=training.tensor_parallel,
+        gpus=gpus,
+    )
     generators = spawn(
         GenerateWorker,
         config,
@@ -123,11 +148,35 @@ def summarize(controller: Controller | None) -> dict[str, Any]:
 
 
 async def _until_first_failure(controller: Controller) -> None:
-    """Task groups wrap what ended them, group in group; a user wants the first cause alone."""
+    """Task groups wrap what ended them, group in group; a user wants the first cause alone, and what was trained."""
     try:
         await controller.run()
-    except BaseExceptionGroup as group:
-        error: BaseException = group
+    except (Exception, BaseExceptionGroup) as raised:
+        error: BaseException = raised
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
+        if isinstance(error, Exception):
+            error = _with_both_sides(error, controller, await _rescue(controller))
         raise error from None
+
+
+async def _rescue(controller: Controller) -> int | None:
+    """Saves training where its ranks still stand and have trained; returns the step, None = nothing was saved."""
+    if controller.version or controller.config.training.warmup.steps:
+        with suppress(Exception):  # of two failures the first one counts
+            return await controller.trainers.save(None, None)
+    return None
+
+
+def _with_both_sides(error: Exception, controller: Controller, saved: int | None) -> Exception:
+    """A rank that was lost when it took weights over: whose weights these were, and where they still are."""
+    if not isinstance(error, WorkerError) or error.method != "load_weights":
+        return error
+    ranks = range(controller.config.training.ranks)
+    reason = f"{error.reason}; it was to take version {controller.version} over from trainers "
+    reason += f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+    reason += "" if saved is None else f", which saved checkpoints/step-{saved:06d}"
+    found = type(error)(error.group, error.rank, error.host, error.method, reason)
+    for note in getattr(error, "__notes__", ()):
+        found.add_note(note)
+    return found

@@ -35,6 +35,8 @@ class Sample:
         versions: [R] weight version that sampled each token; None reads as -1.
         rollout: its number; -1 for a demonstration.
         trained: [R] false at response tokens that are context only, as later user turns; None = all are trained.
+        routing: [P + R - 1, layers with experts, top_k], the experts that compute each token but the last
+            (`Trajectory.routing`); None = those that the trained model chooses.
     """
 
     prompt_tokens: npt.ArrayLike
@@ -45,6 +47,7 @@ class Sample:
     versions: npt.ArrayLike | None = None
     rollout: int = -1
     trained: npt.ArrayLike | None = None
+    routing: npt.NDArray[np.integer[Any]] | None = None
 
     @property
     def length(self) -> int:
@@ -62,9 +65,13 @@ class PackedBatch:
         label_rows: [M] int64, where the mask is true: the rows whose logits are needed.
         infer_logprobs, advantages, token_weights: [T] float32, 0 where masked out. versions: [T] int32, -1 there.
         sequence: [T] int32, the number of the sequence within this batch. rollouts: N numbers.
+        starts: `cu_seqlens` on the host.
         old_logprobs: [T] from before the batch's first update, when one batch makes several.
         ref_logprobs: [T] of the frozen reference, where there is one.
         old_values, returns: [T] of the value head from before the first update, and what they should have been.
+        routing: [T, layers with experts, top_k] int16, the experts that compute each token; -1 = those that the model
+            chooses: at the last token of a sequence, which nothing is read from, and where a sample brings none. None =
+            no sample brings any.
     """
 
     tokens: Tensor
@@ -80,10 +87,12 @@ class PackedBatch:
     versions: Tensor
     sequence: Tensor
     rollouts: list[int]
+    starts: list[int]
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     old_values: Tensor | None = None
     returns: Tensor | None = None
+    routing: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on ``device``."""
@@ -172,7 +181,22 @@ def pack_one(samples: Sequence[Sample]) -> PackedBatch:
         versions=at_labels([_or(s.versions, -1) for s in samples], np.int32, -1),
         sequence=torch.from_numpy(np.repeat(np.arange(len(samples), dtype=np.int32), lengths)),
         rollouts=[sample.rollout for sample in samples],
+        starts=starts.tolist(),
+        routing=_routing(samples),
     )
+
+
+def _routing(samples: Sequence[Sample]) -> Tensor | None:
+    shape = next((sample.routing.shape[1:] for sample in samples if sample.routing is not None), None)
+    if shape is None:
+        return None
+    packed = np.full((sum(sample.length for sample in samples), *shape), -1, np.int16)
+    start = 0
+    for sample in samples:
+        if sample.routing is not None:
+            packed[start : start + sample.length - 1] = sample.routing
+        start += sample.length
+    return torch.from_numpy(packed)
 
 
 def _or(values: npt.ArrayLike | None, default: float) -> npt.ArrayLike:
@@ -203,4 +227,8 @@ def _checked_length(sample: Sample) -> int:
         values = getattr(sample, name)
         if values is not None and np.shape(values) != (num_response,):
             raise DataError(f"rollout {sample.rollout}: {name} {np.shape(values)} for {num_response} response tokens")
+    if sample.routing is not None and len(sample.routing) != sample.length - 1:
+        raise DataError(
+            f"rollout {sample.rollout}: experts of {len(sample.routing)} tokens, not of {sample.length - 1}"
+        )
     return num_prompt + num_response

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_attention
+from asystem.generation.crowds import ALONE, CrowdTable, Sharing, power_of_two
+from asystem.generation.kernels.attention import Tiling, decode_attention
+from asystem.generation.kernels.few import FewRows
 from asystem.generation.kernels.grouped import grouped_tiles
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
-from asystem.generation.kernels.linear import is_skinny, linear, norm_linear, takes_norm
+from asystem.generation.kernels.linear import MOST_ROWS, is_skinny, linear, norm_linear, takes_norm
 from asystem.generation.kernels.sampling import draw
 from asystem.generation.kernels.tiled import is_tiled, tiled_linear
 from asystem.generation.kv_cache import KVCache
@@ -33,8 +33,6 @@ from asystem.models.quantized import QuantizedLinear
 
 _MOST_SPLITS = 32
 _PROGRAMS_PER_SM = 8  # attention is split until so many programs a multiprocessor can run
-_MIN_SHARED = 0.1  # share of all cached tokens that crowds must save, to be worth a second attention launch
-_PREFIX_PART = 256  # tokens of a shared prefix that one program reads
 _TILING = Tiling(keys=64, warps=4, stages=2)
 
 
@@ -66,9 +64,10 @@ class CapturedRunner:
         self._control = torch.zeros(2, dtype=torch.int64, device=device)  # rows in use, version of the weights
         self._lengths = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self._cos, self._sin = model.rotary(torch.arange(max_length, device=device))
-        self._crowds = _CrowdTable(num_rows, device)
+        self._crowds = CrowdTable(num_rows, device)
+        self._few = FewRows(model.spec.num_heads, model.spec.num_kv_heads, max_length, device)
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._graphs: dict[tuple[int, _Sharing], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, Sharing], torch.cuda.CUDAGraph] = {}
         self._pool: Any = None  # an opaque handle
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # one: cuBLAS keeps memory for each
         self._parameters: list[nn.Parameter] = []
@@ -84,8 +83,10 @@ class CapturedRunner:
     def decode(self, steps: int, context: StepContext) -> None:
         with torch.cuda.device(self.rows.device):
             self._forget_moved_weights(context.version)
-            sharing = self._crowds.refresh(self.rows, context.num_rows, self.cache.block_size)
             batch = _bucket(context.num_rows, len(self._lengths))
+            sharing = ALONE
+            if batch > MOST_ROWS:
+                sharing = self._crowds.refresh(self.rows, context.num_rows, self.cache.block_size)
             graph = None if context.truncated else self._graph(batch, sharing)
             self._control[0].fill_(context.num_rows)
             self._control[1].fill_(context.version)
@@ -104,13 +105,13 @@ class CapturedRunner:
             self._pool = None  # it went with the last graph
             self._addresses = addresses
 
-    def _graph(self, batch: int, sharing: _Sharing) -> torch.cuda.CUDAGraph:
+    def _graph(self, batch: int, sharing: Sharing) -> torch.cuda.CUDAGraph:
         graph = self._graphs.get((batch, sharing))
         if graph is None:
             graph = self._graphs[batch, sharing] = self._capture(batch, sharing)
         return graph
 
-    def _capture(self, batch: int, sharing: _Sharing) -> torch.cuda.CUDAGraph:
+    def _capture(self, batch: int, sharing: Sharing) -> torch.cuda.CUDAGraph:
         """Records one step. It runs once before, with no row in use, so that kernels are compiled and loaded."""
         self._control[0].zero_()
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -124,7 +125,7 @@ class CapturedRunner:
         self._pool = self._pool or graph.pool()
         return graph
 
-    def _step(self, batch: int, sharing: _Sharing, truncated: bool) -> None:
+    def _step(self, batch: int, sharing: Sharing, truncated: bool) -> None:
         """One token for rows 0..batch-1, as far as they are in use and have not ended."""
         model, rows, lengths = self.model, self.rows, self._lengths[:batch]
         blocks: list[Block] = list(model.layers)  # type: ignore[arg-type]
@@ -156,17 +157,20 @@ class CapturedRunner:
         blocks = self.rows.table[:batch].gather(1, (position // size)[:, None].long())[:, 0]
         return self._routing.keep(blocks, position % size, lengths > 0)
 
-    def _attend(self, block: Block, qkv: Tensor, batch: int, sharing: _Sharing) -> Tensor:
+    def _attend(self, block: Block, qkv: Tensor, batch: int, sharing: Sharing) -> Tensor:
         attn, table, lengths = block.attn, self.rows.table[:batch], self._lengths[:batch]
         keys, values = self.cache.data[block.index]
         q_norm, k_norm = attn.q_norm, attn.k_norm
         if q_norm is not None and k_norm is not None and q_norm.weight.numel() != attn.head_dim:
             _norm_whole(qkv, q_norm, k_norm)
             q_norm = k_norm = None
-        rotary_write(
+        turned = (
             qkv, None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
-            0.0 if q_norm is None else q_norm.eps, self._cos, self._sin, lengths, table, keys, values, attn.num_heads,
+            0.0 if q_norm is None else q_norm.eps, self._cos, self._sin, lengths, table, keys, values,
         )  # fmt: skip
+        if batch <= MOST_ROWS:
+            return self._few.attend(*turned)
+        rotary_write(*turned, attn.num_heads)
         splits = self._splits(batch * attn.num_kv_heads)
         return decode_attention(
             qkv, keys, values, table, lengths, attn.num_heads, splits=splits,
@@ -197,7 +201,8 @@ class CapturedRunner:
 def _mlp(block: Block, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """What the block's MLP or experts make of norm(x + y), and x + y."""
     if not isinstance(block.mlp, MLP):
-        return block.mlp(add_rms_norm(x, y, block.mlp_norm.weight, block.mlp_norm.eps), grouped_tiles), x
+        hidden = add_rms_norm(x, y, block.mlp_norm.weight, block.mlp_norm.eps)
+        return block.reduce(block.mlp(hidden, grouped_tiles)), x
     gated, x = _norm_project(x, y, block.mlp_norm, block.mlp.gate_up_proj, gate=True)
     return block.reduce(_project(block.mlp.down_proj, gated)), x
 
@@ -233,95 +238,6 @@ def _norm_project(
     return swiglu(product) if gate else product, x
 
 
-class _Sharing(NamedTuple):
-    """How a step reads shared prefixes; powers of two, so that few graphs serve all. 0 crowds = each row for itself."""
-
-    crowds: int  # places for them: programs that find theirs empty are not free
-    splits: int  # parts that each prefix is cut into
-
-
-class _CrowdTable:
-    """The crowds of the running batch, found anew whenever rows joined, left or moved."""
-
-    def __init__(self, num_rows: int, device: torch.device) -> None:
-        places = _power(max(1, num_rows // 2))
-        self._all = Crowds(
-            torch.full((places, CROWD), -1, dtype=torch.int32, device=device),
-            torch.zeros(places, dtype=torch.int32, device=device),
-            torch.zeros(num_rows, dtype=torch.int32, device=device),
-        )
-        self._seen: tuple[int, int] | None = None
-        self._sharing = _Sharing(0, 1)
-
-    def of(self, batch: int, sharing: _Sharing) -> Crowds | None:
-        if not sharing.crowds:
-            return None
-        places = slice(0, sharing.crowds)
-        return Crowds(self._all.rows[places], self._all.shared[places], self._all.skip[:batch])
-
-    def refresh(self, rows: Rows, num_rows: int, block_size: int) -> _Sharing:
-        """Looks at the tables if need be, and decides whether reading prefixes together saves enough."""
-        if self._seen == (rows.changes, num_rows):
-            return self._sharing
-        self._seen = (rows.changes, num_rows)
-        table, position = rows.table[:num_rows].cpu().numpy(), rows.position[:num_rows].cpu().numpy()
-        found = find_crowds(table, position, block_size)
-        saved = sum(shared * (len(members) - 1) for members, shared in found)
-        self._sharing = _Sharing(0, 1)
-        if found and saved >= _MIN_SHARED * (position + 1).sum():
-            self._write(found)
-            longest = max(shared for _, shared in found)
-            self._sharing = _Sharing(_power(len(found)), min(16, _power(-(-longest // _PREFIX_PART))))
-        return self._sharing
-
-    def _write(self, found: list[tuple[list[int], int]]) -> None:
-        everything = (self._all.rows, self._all.shared, self._all.skip)
-        members, shared, skip = (np.zeros(x.shape, np.int32) for x in everything)
-        members[:] = -1
-        for place, (rows, tokens) in enumerate(found):
-            members[place, : len(rows)], shared[place], skip[rows] = rows, tokens, tokens
-        for tensor, array in zip(everything, (members, shared, skip), strict=True):
-            tensor.copy_(torch.from_numpy(array))
-
-
-def find_crowds(
-    table: npt.NDArray[np.int64], position: npt.NDArray[np.int64], block_size: int
-) -> list[tuple[list[int], int]]:
-    """Rows whose tables begin with the same blocks.
-
-    Rows with equal tables stand beside each other in the order looked at; a crowd ends where the next row would lower
-    what it saves, or shares more with the one after.
-
-    Args:
-        table: [n, M]. position: [n], of each row's newest token; blocks before it are full and never written again.
-
-    Returns:
-        (2 to `CROWD` rows, tokens that they share) of each crowd.
-    """
-    full = position // block_size
-    order = sorted(range(len(table)), key=lambda row: (table[row, : full[row]].tobytes(), row))
-    lines, limit = table[order], np.minimum(full[order][1:], full[order][:-1])
-    equal = np.logical_and.accumulate(lines[1:] == lines[:-1], axis=1).sum(1)
-    common = [*np.minimum(equal, limit).tolist(), 0]  # blocks that each row in order shares with the next one
-    crowds: list[tuple[list[int], int]] = []
-    members, shared = order[:1], 0
-    for row, before, after in zip(order[1:], common[:-1], common[1:], strict=True):
-        blocks = min(before, shared) if len(members) > 1 else before
-        worse = blocks * len(members) < shared * (len(members) - 1)
-        if len(members) == CROWD or not blocks or worse or after > before:
-            crowds.append((members, shared))
-            members, shared = [row], 0
-        else:
-            members, shared = [*members, row], blocks
-    crowds.append((members, shared))
-    return [(sorted(rows), blocks * block_size) for rows, blocks in crowds if len(rows) > 1]
-
-
-def _power(count: int) -> int:
-    """The power of two that is at least `count`."""
-    return 1 << (count - 1).bit_length()
-
-
 def _bucket(num_rows: int, most: int) -> int:
     """The batch size to compute: powers of two up to 64, then multiples of 64; never more than there are rows."""
-    return min(_power(num_rows) if num_rows <= 64 else -(-num_rows // 64) * 64, most)
+    return min(power_of_two(num_rows) if num_rows <= 64 else -(-num_rows // 64) * 64, most)

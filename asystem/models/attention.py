@@ -1,8 +1,10 @@
 """Causal attention within packed sequences: the trainer's `Attend`.
 
-On CUDA in half precision it is one variable-length flash kernel. Elsewhere sequences of similar length are gathered
-into padded batches for scaled_dot_product_attention: one call for many short sequences, no quadratic waste for uneven
-ones.
+On CUDA in half precision it is one variable-length flash kernel; on Hopper and later, long sequences, and several of
+one length beside each other, go to cuDNN, which takes little more than half of that kernel's time (an H100, 16 heads of
+128, forward and backward: 7.0 ms instead of 12.6 for 16,384 tokens, 0.71 instead of 1.13 for 25 times 640). Elsewhere
+sequences of similar length are gathered into padded batches for scaled_dot_product_attention: one call for many short
+sequences, no quadratic waste for uneven ones.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
-from typing import Any
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,10 @@ from torch import Tensor
 _MIN_FILL = 0.75
 _MAX_PADDING = 8
 
+LONG = 1024  # tokens from which on a sequence alone is cuDNN's
+EQUAL = 8  # sequences of one length that are, however short
+_PLAN = 256  # cuDNN plans each length anew, for a tenth of a second: that of a sequence alone is rounded up
+
 
 class PackedAttention:
     """Attends within each of N sequences that lie one after another on the token axis.
@@ -28,22 +34,83 @@ class PackedAttention:
     Args:
         cu_seqlens: [N + 1] int32, where each sequence starts, and the total; on the device of q, k and v.
         max_seqlen: tokens of the longest sequence, or an upper bound.
+        starts: ``cu_seqlens`` on the host, where they are known; without them a long sequence is like any other.
     """
 
-    def __init__(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
+    def __init__(self, cu_seqlens: Tensor, max_seqlen: int, starts: Sequence[int] | None = None) -> None:
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
+        runs = [] if starts is None else _runs(starts)
+        self._runs = runs if any(run.is_dense for run in runs) else None
         # On CUDA only float32 needs them, and reading the lengths would wait for the device.
         self._buckets = None if cu_seqlens.is_cuda else _Buckets(cu_seqlens.tolist(), cu_seqlens.device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, Hk, d] -> [T, Hq, d]."""
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            if self._runs is not None and _cudnn_is_quicker(q.device, q.shape[-1]):
+                return torch.cat([self._attend_run(run, q, k, v) for run in self._runs])
             starts, longest = self.cu_seqlens, self.max_seqlen
             return varlen_attention(q, k, v, starts, starts, longest, longest)
         if self._buckets is None:
             self._buckets = _Buckets(self.cu_seqlens.tolist(), q.device)
         return self._buckets.attend(q, k, v)
+
+    def _attend_run(self, run: _Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x[run.start : run.stop] for x in (q, k, v))
+        if run.is_dense:
+            return dense_attention(q, k, v, run.last - run.first)
+        starts = self.cu_seqlens[run.first : run.last + 1] - run.start
+        return varlen_attention(q, k, v, starts, starts, LONG, LONG)
+
+
+class _Run(NamedTuple):
+    """Tokens start..stop, sequences first..last: dense ones are of one length."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    is_dense: bool
+
+
+def _runs(starts: Sequence[int]) -> list[_Run]:
+    runs: list[_Run] = []
+    lengths = [stop - start for start, stop in pairwise(starts)]
+    first = 0
+    for length, equal in groupby(lengths):
+        last = first + len(list(equal))
+        is_dense = length >= LONG or (last - first >= EQUAL and length > 0)
+        if runs and not is_dense and not runs[-1].is_dense:
+            runs[-1] = runs[-1]._replace(stop=starts[last], last=last)
+        else:
+            runs.append(_Run(starts[first], starts[last], first, last, is_dense))
+        first = last
+    return runs
+
+
+@cache
+def _cudnn_is_quicker(device: torch.device, head_dim: int) -> bool:
+    return head_dim <= 128 and head_dim % 8 == 0 and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
+    """Causal attention of ``count`` sequences of S tokens each by cuDNN, on CUDA in half precision.
+
+    What one alone is padded with stands at its end, where no real token looks.
+
+    Args:
+        q: [count * S, Hq, d]. k, v: [count * S, Hk, d].
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    length = len(q) // count
+    padding = -length % _PLAN if count == 1 else 0
+    batched = (x.reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (F.pad(x, (0, 0, 0, padding)) if padding else x for x in batched)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.transpose(1, 2)[:, :length].flatten(0, 1)
 
 
 def varlen_attention(

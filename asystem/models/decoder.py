@@ -98,12 +98,14 @@ class Block(nn.Module):
     between them, which reads the layer's number and lengths that change, out of the graphs.
 
     Attributes:
-        reduce: makes whole what this rank has computed, where the layer is cut over ranks (`models.parallel`).
+        enter, reduce: where the layer is cut over ranks (`models.parallel`), what its matrices read passes through the
+            first, which makes its gradient whole, and the second makes whole what this rank has computed.
     """
 
     def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
         self.index = index
+        self.enter: Callable[[Tensor], Tensor] = _itself
         self.reduce: Callable[[Tensor], Tensor] = _itself
         self.attn_norm = RMSNorm(spec.hidden_size, spec.rms_eps)
         self.attn = Attention(spec)
@@ -112,17 +114,25 @@ class Block(nn.Module):
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """All that comes before attention: x [T, D] -> q, k, v."""
-        return self.attn.project(self.attn_norm(x), cos, sin)
+        return self.attn.project(self.enter(self.attn_norm(x)), cos, sin)
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """All that comes after it: x [T, D], attended [T, Hq, d] -> [T, D]."""
+    def finish(self, x: Tensor, attended: Tensor, experts: Tensor | None = None) -> Tensor:
+        """All that comes after it: x [T, D], attended [T, Hq, d] -> [T, D]; experts [T, top_k], or the
+        router's own choice."""
         x = x + self.reduce(self.attn.o_proj(attended.flatten(1)))
-        out: Tensor = x + self.reduce(self.mlp(self.mlp_norm(x)))
+        normed = self.enter(self.mlp_norm(x))
+        out: Tensor = x + self.reduce(self.mlp(normed) if experts is None else self.mlp(normed, given=experts))
         return out
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, experts: Tensor | None = None) -> Tensor:
         q, k, v = self.project(x, cos, sin)
-        return self.finish(x, attend(self.index, q, k, v))
+        return self.finish(x, attend(self.index, q, k, v), experts)
+
+    @property
+    def spread_experts(self) -> nn.Module | None:
+        """The experts, where they stand on several ranks."""
+        experts = self.mlp.experts if isinstance(self.mlp, MoE) else None
+        return experts if experts is not None and experts.exchange is not None else None
 
     def compile_parts(self, **options: Any) -> None:
         """Compiles `project` and `finish` with torch.compile's options; all layers share the two graphs.
@@ -130,9 +140,8 @@ class Block(nn.Module):
         Compiling a whole block instead would compile it once for each layer and each longest length, and stop at
         torch's limit of eight. Call it before ``fully_shard``.
         """
-        if isinstance(self.mlp, MoE) and not self.mlp.router.weight.is_cuda:
-            # Experts in turn: that looks at numbers of tokens.
-            self.mlp.product = torch.compiler.disable(self.mlp.product)  # type: ignore[no-untyped-call]
+        if isinstance(self.mlp, MoE):
+            self.mlp.leave_uncompiled()
         setattr(self, "project", torch.compile(self.project, **options))  # noqa: B010 (mypy: a method)
         setattr(self, "finish", torch.compile(self.finish, **options))  # noqa: B010
 
@@ -166,12 +175,19 @@ class Decoder(nn.Module):
         self.shard: Shard | None = None  # which part of a model this is, where it is cut over ranks
         self._inv_freq: Tensor | None = None
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """tokens, positions [T] int64 -> final-normed hidden states [T, D]."""
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, routing: Tensor | None = None) -> Tensor:
+        """tokens, positions [T] int64 -> final-normed hidden states [T, D].
+
+        Args:
+            routing: [T, layers with experts, top_k], experts in the place of the routers' own choice where they are not
+                negative; None = nowhere.
+        """
         x = self.embed(tokens)
         cos, sin = self.rotary(positions)
-        for layer in self.layers:
-            x = layer(x, cos, sin, attend)
+        choices = [] if routing is None else [layer.contiguous() for layer in routing.unbind(1)]
+        given = dict(zip(self.spec.expert_layers if choices else [], choices, strict=True))
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, attend, given.get(index))
         out: Tensor = self.norm(x)
         return out
 

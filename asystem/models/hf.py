@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from asystem.errors import ModelError
 from asystem.models.decoder import Decoder
 from asystem.models.moe_spec import MoESpec
 from asystem.models.parallel import Shard
+from asystem.models.pieces import Box
 from asystem.models.quantized import quantize
 from asystem.models.spec import ModelSpec, read_spec, spec_to_hf
 from asystem.models.weights import matrix_of, write_rows
@@ -192,8 +194,10 @@ def load_model(
     for file in dict.fromkeys(found.values()):
         with _opened(file) as shard:
             for name in shard.keys() & table.keys():
-                place = table[name]
-                write_rows(model, place.name, place.start, _read(shard, name, place.shape, part), place.expert)
+                place, expert = table[name], table[name].expert
+                if expert is not None and part is not None and (expert := part.expert(model.spec, expert)) is None:
+                    continue
+                write_rows(model, place.name, place.start, _read(shard, name, place, model), expert)
     if spec.tie_embeddings and TIED_HEAD in found:
         with _opened(found[TIED_HEAD]) as shard:
             embedding = model.embed.weight.detach().cpu()
@@ -201,15 +205,23 @@ def load_model(
     return model
 
 
-def _read(file: Any, name: str, shape: tuple[int, ...], part: Shard | None) -> Tensor:
-    """A stored tensor, or of one that is larger than ``shape`` the rank's rows or columns."""
-    stored = file.get_slice(name)
-    ranges = [
-        slice(None) if part is None or n == whole else slice(part.rank * n, (part.rank + 1) * n)
-        for n, whole in zip(shape, stored.get_shape(), strict=True)
-    ]
-    tensor: Tensor = stored[tuple(ranges)]
+def _read(file: Any, name: str, place: Place, model: Decoder) -> Tensor:
+    """A stored tensor, or of one that is larger than its place the rank's rows or columns."""
+    stored, part = file.get_slice(name), model.shard
+    whole = tuple(stored.get_shape())
+    if part is None or whole == place.shape:
+        tensor: Tensor = stored[:]
+        return tensor
+    pieces = part.pieces(model.spec, place.name, whole) if place.expert is None else []
+    if sum(piece.box.size for piece in pieces) == prod(place.shape):  # fused as here: Ling's query_key_value
+        return torch.cat([stored[_ranges(piece.box)] for piece in pieces])
+    first = [0 if n == of else part.rank * n for n, of in zip(place.shape, whole, strict=True)]
+    tensor = stored[_ranges(Box(tuple(first), tuple(a + n for a, n in zip(first, place.shape, strict=True))))]
     return tensor
+
+
+def _ranges(box: Box) -> tuple[slice, ...]:
+    return tuple(map(slice, box.start, box.stop))
 
 
 def check_folder(path: str | Path) -> tuple[ModelSpec, dict[str, Path]]:

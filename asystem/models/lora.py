@@ -22,8 +22,9 @@ from asystem.errors import ModelError, nearest
 from asystem.models.decoder import Decoder
 from asystem.models.frozen import FrozenLinear
 from asystem.models.hf import layout
-from asystem.models.pieces import Box, local_piece
+from asystem.models.pieces import Box, Held, Piece, local_piece
 from asystem.models.spec import ModelSpec
+from asystem.models.weights import weight_pieces
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,16 @@ class PlainWeight:
 
     Attributes:
         source: the parameter, or the layer whose merged weight it is.
+        piece: where the model is cut over ranks, the one of its blocks that this stands for.
+        frozen: it stays as it is for good, since adapters train alone.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     source: nn.Parameter | LoraLinear
+    piece: Piece | None = None
+    frozen: bool = False
 
     def value(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole tensor, rounded once, to ``dtype`` (None = its own). Collective where weights are sharded."""
@@ -185,17 +190,28 @@ class PlainWeight:
     @property
     def box(self) -> Box:
         """Where this rank's part of it lies in the whole."""
-        return self.source.box if isinstance(self.source, LoraLinear) else local_piece(self.source)[0]
+        return self.source.box if isinstance(self.source, LoraLinear) else self.local()[0]
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it is computed anew at each `local`."""
+        return isinstance(self.source, LoraLinear)
 
     def local(self) -> tuple[Box, Tensor]:
         """What this rank has of it, and where in the whole that lies. Collective where adapters are sharded."""
         if isinstance(self.source, LoraLinear):
             return self.source.local_merged()
+        if self.piece is not None:
+            return Held.of(self.source, self.shape, [self.piece]).blocks[0]
         return local_piece(self.source.detach())
 
 
 def plain_weights(model: nn.Module) -> list[PlainWeight]:
-    """The parameters under the plain decoder's names, adapters merged into the matrices that they stand beside."""
+    """The parameters under the plain decoder's names, adapters merged into the matrices that they stand beside; of a
+    decoder that is cut over ranks each block of them that this rank has."""
+    if getattr(model, "shard", None) is not None:
+        assert isinstance(model, Decoder), "decoders are cut"
+        return _blocks(model)
     modules = dict(model.named_modules())
     frozen = {id(module.base) for module in modules.values() if isinstance(module, LoraLinear)}
     weights = []
@@ -209,8 +225,21 @@ def plain_weights(model: nn.Module) -> list[PlainWeight]:
             continue
         else:
             named = list(module.named_parameters(prefix=name, recurse=False))
-        weights += [PlainWeight(name, tuple(param.shape), param.dtype, param) for name, param in named]
+        weights += [
+            PlainWeight(name, tuple(param.shape), param.dtype, param, frozen=bool(frozen) and not param.requires_grad)
+            for name, param in named
+        ]
     return weights
+
+
+def _blocks(model: Decoder) -> list[PlainWeight]:
+    params = dict(model.named_parameters())
+    return [
+        PlainWeight(name, shape, params[name].dtype, params[name], piece)
+        for name, (shape, pieces) in weight_pieces(model).items()
+        for piece in pieces
+        if Held.of(params[name], shape, [piece]).blocks
+    ]
 
 
 @torch.no_grad()

@@ -12,16 +12,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from asystem.models.collectives import Exchange
 from asystem.models.moe_spec import MoESpec
 
 GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `grouped_linear`
+
+
+class Routed(NamedTuple):
+    """How a router came to its answer: logits and scores [T, E]; its own choice, the one given to it if any (negative =
+    none), and the one taken, all [T, top_k]."""
+
+    logits: Tensor
+    scores: Tensor
+    own: Tensor
+    given: Tensor | None
+    chosen: Tensor
+
+
+Watch = Callable[[Tensor, Routed], Tensor]  # weights [T, top_k] -> the same; may hang losses on their gradient
 
 
 class Router(nn.Module):
@@ -29,7 +45,7 @@ class Router(nn.Module):
 
     Attributes:
         weight: [E, D]. bias: [E], or None; no gradient reaches it.
-        load: [E], tokens that chose each expert with gradients on are added here; None = they are not counted.
+        watch: called wherever gradients are on, and once more where activations are computed again; None = nobody is.
     """
 
     bias: nn.Parameter | None
@@ -38,19 +54,24 @@ class Router(nn.Module):
         super().__init__()
         self.moe = moe
         self.weight = nn.Parameter(torch.empty(moe.num_experts, hidden_size))
-        self.load: Tensor | None = None
+        self.watch: Watch | None = None
         self.register_parameter("bias", nn.Parameter(torch.zeros(moe.num_experts)) if moe.has_bias else None)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> weights [T, top_k] float32, chosen [T, top_k] int64."""
+    def forward(self, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [T, D] -> weights [T, top_k] float32, chosen [T, top_k] int64.
+
+        Args:
+            given: [T, top_k], the experts to take in the place of the router's own choice, where they are not negative.
+        """
         logits = F.linear(x.float(), self.weight.float())
         scores = logits.softmax(-1) if self.moe.score == "softmax" else logits.sigmoid()
-        chosen = self._choose(scores)
+        own = self._choose(scores)
+        chosen = own if given is None else torch.where(given < 0, own, given.long())
         weights = scores.gather(1, chosen)
-        if self.load is not None and torch.is_grad_enabled():  # computing again counts all of them again
-            self.load.index_add_(0, chosen.flatten(), self.load.new_ones(chosen.numel()))
         if self.moe.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        if self.watch is not None and torch.is_grad_enabled():
+            weights = self.watch(weights, Routed(logits, scores, own, given, chosen))
         return weights * self.moe.scaling, chosen
 
     @torch.no_grad()
@@ -86,28 +107,39 @@ def record_routing(routers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
 class Experts(nn.Module):
     """The MLPs that tokens choose from.
 
+    Args:
+        count: experts that stand here, where others stand on other ranks; None = all.
+
     Attributes:
         gate_up: [E, 2 I, D], the gate's half first. down: [E, D, I].
+        exchange: brings rows to the ranks of their experts and back, where those stand on several.
     """
 
-    def __init__(self, hidden_size: int, moe: MoESpec) -> None:
+    def __init__(self, hidden_size: int, moe: MoESpec, count: int | None = None) -> None:
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(moe.num_experts, 2 * moe.intermediate_size, hidden_size))
-        self.down = nn.Parameter(torch.empty(moe.num_experts, hidden_size, moe.intermediate_size))
+        count = moe.num_experts if count is None else count
+        self.gate_up = nn.Parameter(torch.empty(count, 2 * moe.intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(count, hidden_size, moe.intermediate_size))
+        self.exchange: Exchange | None = None
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor, product: GroupedProduct) -> Tensor:
         """x [T, D], weights and chosen [T, top_k] -> [T, D]."""
         top_k = chosen.shape[1]
         experts, order = chosen.flatten().sort(stable=True)
-        # Found by search: counting waits for the device.
-        ends = torch.searchsorted(
-            experts, torch.arange(len(self.down), device=x.device), right=True, out_int32=True
-        )  # [E], where each expert's rows end
-        gate, up = product(x.index_select(0, order // top_k), self.gate_up, ends).chunk(2, dim=-1)
-        rows = product(F.silu(gate) * up, self.down, ends)
+        rows, compute = x.index_select(0, order // top_k), partial(self._compute, product)
+        rows = compute(rows, experts) if self.exchange is None else self.exchange(rows, experts, compute)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         parts = rows.index_select(0, back).view(len(x), top_k, -1)
         return (parts * weights[..., None]).sum(1).to(x.dtype)
+
+    def _compute(self, product: GroupedProduct, rows: Tensor, experts: Tensor) -> Tensor:
+        """rows [N, D] of these experts [N], ascending -> [N, D]."""
+        # Found by search: counting waits for the device.
+        ends = torch.searchsorted(
+            experts, torch.arange(len(self.down), device=rows.device), right=True, out_int32=True
+        )  # [E], where each expert's rows end
+        gate, up = product(rows, self.gate_up, ends).chunk(2, dim=-1)
+        return product(F.silu(gate) * up, self.down, ends)
 
 
 class MoE(nn.Module):
@@ -124,10 +156,23 @@ class MoE(nn.Module):
         self.shared = shared
         self.product: GroupedProduct = grouped_linear
 
-    def forward(self, x: Tensor, product: GroupedProduct | None = None) -> Tensor:
-        """[T, D] -> [T, D]; `product` in the place of the layer's own."""
-        out: Tensor = self.experts(x, *self.router(x), product or self.product)
+    def forward(self, x: Tensor, product: GroupedProduct | None = None, given: Tensor | None = None) -> Tensor:
+        """[T, D] -> [T, D]; `product` in the place of the layer's own, and experts as `Router` takes them."""
+        weights, chosen = self.router(x, given)
+        out = self._experts(x, weights, chosen, product or self.product)
         return out if self.shared is None else out + self.shared(x)
+
+    def leave_uncompiled(self) -> None:
+        """Keeps out of torch.compile's graphs what looks at numbers of tokens: experts in turn, and on other ranks."""
+        if not self.router.weight.is_cuda:
+            self.product = torch.compiler.disable(self.product)  # type: ignore[no-untyped-call]
+        if self.experts.exchange is not None:
+            uncompiled = torch.compiler.disable(self._experts)  # type: ignore[no-untyped-call]
+            setattr(self, "_experts", uncompiled)  # noqa: B010 (mypy: a method)
+
+    def _experts(self, x: Tensor, weights: Tensor, chosen: Tensor, product: GroupedProduct) -> Tensor:
+        out: Tensor = self.experts(x, weights, chosen, product)
+        return out
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:

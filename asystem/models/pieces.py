@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from asystem.errors import ModelError
@@ -52,6 +53,13 @@ class Box:
                 yield Box((*start[:dim], high, *start[dim + 1 :]), tuple(stop))
             start[dim], stop[dim] = low, high
 
+    def moved(self, origin: tuple[int, ...], to: tuple[int, ...]) -> Box:
+        """The same block where what was at ``origin`` is at ``to``."""
+        start, stop = (
+            tuple(n - a + b for n, a, b in zip(corner, origin, to, strict=True)) for corner in (self.start, self.stop)
+        )
+        return Box(start, stop)
+
     def of(self, tensor: Tensor, origin: tuple[int, ...]) -> Tensor:
         """The block as a view into a tensor whose first element is number ``origin`` of the whole."""
         for dim, (first, low, size) in enumerate(zip(origin, self.start, self.shape, strict=True)):
@@ -73,6 +81,46 @@ class Piece:
     def part(self, box: Box, local: Tensor) -> Tensor:
         """A block inside this one, as a view into the rank's tensor."""
         return box.of(local, tuple(low - at for low, at in zip(self.box.start, self.at, strict=True)))
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank has of a tensor.
+
+    Attributes:
+        shape: of the whole.
+        blocks: where in the whole each lies, and a view of it; none where other ranks have all.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    blocks: Sequence[tuple[Box, Tensor]]
+
+    @classmethod
+    def of(cls, tensor: Tensor, shape: tuple[int, ...] | None = None, pieces: Sequence[Piece] = ()) -> Held:
+        """Of a tensor, of which FSDP may have left this rank a part.
+
+        Args:
+            shape, pieces: of the whole that the tensor is itself a part of, where a model is cut over ranks: which
+                blocks of it lie where in the tensor.
+        """
+        found, local = local_piece(tensor.detach())
+        whole, blocks = tuple(tensor.shape) if shape is None else shape, []
+        for piece in pieces or [Piece.whole(whole)]:
+            there = Box(piece.at, tuple(a + n for a, n in zip(piece.at, piece.box.shape, strict=True)))
+            if (common := there.meet(found)) is not None:
+                blocks.append((common.moved(piece.at, piece.box.start), common.of(local, found.start)))
+        return cls(whole, tensor.dtype, blocks)
+
+    def to_host(self) -> Held:
+        """A copy in the host's memory."""
+        copies = [(box, block.to("cpu", copy=True)) for box, block in self.blocks]
+        return Held(self.shape, self.dtype, copies)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def local_piece(tensor: Tensor) -> tuple[Box, Tensor]:

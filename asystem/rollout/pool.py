@@ -11,9 +11,10 @@ Example with Ω = 4, G = 2, σ = 1: groups 0 and 1 are in flight. Window 0 ends,
 has age 1 and is carried. Window 1 ends, group 1 still lacks a sample: age 2 > σ, it is purged, and its prompt is asked
 again as group 3.
 
-Liveness: a prompt that was purged `PATIENCE` times is asked alone, and nothing else is asked until it is through. What
-else is in flight drains away, so it ends up with whole windows to itself; `Config.check` holds that a group fits into
-σ + 1 of them. Hence every prompt is trained in the end, however unlucky its lengths.
+Liveness: while a prompt that was purged n times is in flight, nothing else is asked beyond Ω / 2^n rollouts. Windows
+then last for more decode steps, and after log2(Ω / G) purges the prompt ends up with whole windows to itself;
+`Config.check` holds that a group fits into σ + 1 of them. Hence every prompt is trained in the end, however unlucky its
+lengths, and a pool whose σ is short for its lengths settles at the Ω that it can finish.
 
 Replicas share Ω by their speed. Each asks before every slice of decoding, so of two that both have work, the one that
 asks twice as often is twice as fast. Only the order of calls counts, no clock: a replay asks the same.
@@ -27,8 +28,6 @@ from dataclasses import dataclass, field
 from math import ceil
 
 from asystem.types import FinishedRollout, RolloutRequest
-
-PATIENCE = 2
 
 
 @dataclass(slots=True)
@@ -66,6 +65,12 @@ class Window:
     groups: list[Group]
     purged: list[Group]
     carried: int  # unfinished rollouts that go on in the next window
+    count: int = 1  # windows that this one stands for
+
+    def join(self, later: Window) -> Window:
+        """Both as one, where a batch needs more than the first brought."""
+        groups, purged = self.groups + later.groups, self.purged + later.purged
+        return Window(later.index, groups, purged, later.carried, self.count + later.count)
 
     def to_drop(self) -> dict[int, list[int]]:
         """Unfinished rollouts that each replica is to forget."""
@@ -101,7 +106,7 @@ class Pool:
         self.num_in_flight = [0] * replicas
         self._slices = [0] * replicas  # begun while all replicas had work, since speeds were last worked out
         self._speed = [1 / replicas] * replicas  # of all slices, recent windows counting more
-        self._prompts: Iterator[int] = iter(prompts)
+        self.prompts: Iterator[int] = iter(prompts)
         self._again: deque[tuple[int, int]] = deque()  # (prompt, purges)
         self._complete: list[Group] = []
         self.refill = refill
@@ -113,13 +118,19 @@ class Pool:
         self._slices[replica] += all(self.num_in_flight)
         requests: list[RolloutRequest] = []
         while (
-            (sum(self.num_in_flight) if self.refill else self._asked) + self.group_size <= self.capacity
+            (sum(self.num_in_flight) if self.refill else self._asked) + self.group_size <= self.limit
             and self.num_in_flight[replica] + self.group_size <= self.share(replica)
             and (prompt := self._next_prompt()) is not None
         ):
             group = self._new_group(*prompt, replica)
             requests += [RolloutRequest(rollout, group.id, group.prompt) for rollout in group.rollouts]
         return requests
+
+    @property
+    def limit(self) -> int:
+        """Rollouts that may be in flight now: Ω, halved as often as the unluckiest prompt in flight was purged."""
+        purges = max((group.purges for group in self.in_flight.values()), default=0)
+        return max(self.group_size, self.capacity >> purges)
 
     def share(self, replica: int) -> int:
         """Rollouts that a replica may have in flight: its part of Ω by speed, in whole groups, at least one."""
@@ -158,17 +169,12 @@ class Pool:
         return window
 
     def _next_prompt(self) -> tuple[int, int] | None:
-        """The prompt to ask next and how often it was purged; None while a starving prompt is to be left alone."""
-        if any(group.purges >= PATIENCE for group in self.in_flight.values()):
-            return None
-        for index, (_, purges) in enumerate(self._again):
-            if purges >= PATIENCE:
-                prompt = self._again[index]
-                del self._again[index]
-                return prompt
+        """The prompt to ask next and how often it was purged: the unluckiest first, then new ones."""
         if self._again:
-            return self._again.popleft()
-        prompt_row = next(self._prompts, None)
+            prompt = max(self._again, key=lambda waiting: waiting[1])  # of several the first
+            self._again.remove(prompt)
+            return prompt
+        prompt_row = next(self.prompts, None)
         return None if prompt_row is None else (prompt_row, 0)
 
     def _new_group(self, prompt: int, purges: int, replica: int) -> Group:

@@ -75,5 +75,6 @@ _GATHER: dict[Collect, Callable[[Sequence[Any]], Any]] = {
     Collect.ALL: list,
     Collect.FIRST: lambda answers: answers[0],
     Collect.CONCAT: _concat,
+    Collect.GATHER: _concat,
     Collect.SUM: _sum,
 }

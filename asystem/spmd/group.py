@@ -19,7 +19,7 @@ from typing import Any, TypeVar, cast
 from asystem.errors import AsystemError, ConfigError, WorkerError, WorkerTimeout
 from asystem.spmd.dispatch import cut, gather
 from asystem.spmd.host import Failure, GroupSpec, Reply
-from asystem.spmd.remote import Dispatch, Mode, Worker, remote_method, remote_methods
+from asystem.spmd.remote import Collect, Dispatch, Mode, Worker, remote_method, remote_methods
 from asystem.spmd.runtime import Rank, Runtime
 from asystem.types import CallRecord
 
@@ -47,7 +47,7 @@ def spawn(
         args, kwargs: for the worker's ``__init__`` on every rank.
         collective: whether the ranks form a torch.distributed process group; null = as the worker type says.
         replica_ranks: ranks that act as one worker, say with a part of a model each: they get equal calls, and the
-            first one's answer counts.
+            first one's answer counts (but for `Collect.GATHER`).
         cpus: logical CPUs that each rank reserves; null = next to none, as ranks may share cores.
         gpus: GPUs that each rank owns; null = as the worker type says.
 
@@ -180,7 +180,8 @@ class Group:
         await self._answers(START, self._starting, spare, config.start_seconds)
         await self._answers(name, pending, config.deadline_seconds, config.deadline_seconds)
         answers = [future.result().value for future in pending]
-        return gather(answers[:: self.spec.replica_ranks], mode.collect)
+        step = 1 if mode.collect is Collect.GATHER else self.spec.replica_ranks
+        return gather(answers[::step], mode.collect)
 
     async def _answers(
         self, name: str, pending: dict[asyncio.Future[Reply], int], seconds: float, limit: float

@@ -81,6 +81,7 @@ class Reply:
 
 
 NODE_VARIABLE = "ASYSTEM_NODE"  # set in the processes of a bootstrapped cluster: the rank of their node
+ADDRESS_VARIABLE = "ASYSTEM_ADDRESS"  # set in the processes of ranks: the address of their node, for those of others
 
 
 def host_name() -> str:

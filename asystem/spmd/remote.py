@@ -26,11 +26,13 @@ class Dispatch(Enum):
 
 
 class Collect(Enum):
-    """What the caller gets of the ranks' answers. Every rank is waited for, whichever it is."""
+    """What the caller gets of the ranks' answers. Every rank is waited for, whichever it is; of ranks that act as one
+    worker (`spawn`'s replica_ranks) the first one's answer counts, but for `GATHER`."""
 
     ALL = "all"  # the list of answers, by rank
     FIRST = "first"  # the answer of the first rank
     CONCAT = "concat"  # lists, tuples, arrays or tensors joined in the order of ranks
+    GATHER = "gather"  # as CONCAT, of every rank
     SUM = "sum"  # answers added with +; dicts of numbers key by key
 
 
@@ -52,7 +54,7 @@ def remote(
 
 @overload
 def remote(
-    dispatch: Dispatch, collect: Literal[Collect.FIRST, Collect.CONCAT, Collect.SUM] = ...
+    dispatch: Dispatch, collect: Literal[Collect.FIRST, Collect.CONCAT, Collect.GATHER, Collect.SUM] = ...
 ) -> Callable[[Method], Method]: ...
 
 

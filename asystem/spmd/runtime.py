@@ -41,10 +41,12 @@ class Runtime(Protocol):
 
     Attributes:
         num_gpus: what there is for ranks to own; 0 where they own none.
+        one_host: whether all ranks run on one machine.
     """
 
     config: RuntimeConfig
     num_gpus: float
+    one_host: bool
     on_call: OnCall | None
 
     def start_group(self, spec: GroupSpec) -> Sequence[Rank]:

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from asystem.spmd.buffer import Buffer
 from asystem.types import Ref
 
 T = TypeVar("T")
@@ -23,8 +22,6 @@ class Backend(Protocol):
 
     def get_many(self, handles: Sequence[Any]) -> list[Any]: ...
 
-    def allocate(self, nbytes: int) -> Buffer: ...
-
 
 class InProcess:
     """The handle is the object itself."""
@@ -34,9 +31,6 @@ class InProcess:
 
     def get_many(self, handles: Sequence[Any]) -> list[Any]:
         return list(handles)
-
-    def allocate(self, nbytes: int) -> Buffer:
-        return Buffer(nbytes)
 
 
 _backend: Backend = InProcess()
@@ -52,14 +46,6 @@ def use(backend: Backend) -> Backend:
 def put(value: T) -> Ref[T]:
     """Hands an object to the store. Whoever has the `Ref` can read it, as long as the worker that put it lives."""
     return Ref(_backend.put(value), num_bytes(value))
-
-
-def allocate(nbytes: int) -> Buffer:
-    """Memory to write what is to be put into the store again and again: where it can be shared, `put` copies nothing.
-
-    Its content counts when it is read, not when it was put.
-    """
-    return _backend.allocate(nbytes)
 
 
 def get(ref: Ref[T]) -> T:

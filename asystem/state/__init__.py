@@ -1,6 +1,27 @@
 """AState: how weights travel from training to generation."""
 
+from asystem.state.inbox import Inbox
+from asystem.state.outbox import Outbox
+from asystem.state.payload import Place, WeightPayload
 from asystem.state.plan import Layout, Move, plan_moves
-from asystem.state.transport import Inbox, Outbox, Place, WeightPayload
+from asystem.state.stream import Announced, StreamInbox, StreamOutbox, Terms
+from asystem.state.topology import choose_transport
 
-__all__ = ["Inbox", "Layout", "Move", "Outbox", "Place", "WeightPayload", "plan_moves"]
+Published = WeightPayload | Announced
+"""What a rank of training hands over at a publication."""
+
+__all__ = [
+    "Announced",
+    "Inbox",
+    "Layout",
+    "Move",
+    "Outbox",
+    "Place",
+    "Published",
+    "StreamInbox",
+    "StreamOutbox",
+    "Terms",
+    "WeightPayload",
+    "choose_transport",
+    "plan_moves",
+]

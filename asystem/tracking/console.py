@@ -23,6 +23,7 @@ COLUMNS = (
     ("train/grad_norm", "grad", "6.3f"),
     ("rollout/tokens_per_second", "tokens/s", "7,.0f"),
     ("train/tokens_per_second", "tokens/s", "7,.0f"),
+    ("train/mfu", "MFU", "6.1%"),
     ("time/step", "seconds", "5.2f"),
 )
 

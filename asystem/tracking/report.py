@@ -43,6 +43,7 @@ CHARTS: tuple[tuple[str, tuple[str, ...], tuple[float, float] | None], ...] = (
     ("Response length, tokens", ("rollout/length_max", "rollout/length_mean"), None),
     ("Rollouts carried over and purged", ("rollout/carried", "rollout/purged"), None),
     ("Tokens a second", ("rollout/tokens_per_second", "train/tokens_per_second"), None),
+    ("Model FLOPs utilisation of the updates (MFU)", ("train/mfu",), None),
     ("Seconds a step, and of them publishing weights", ("time/step", "sync/seconds"), None),
     ("Peak memory, GiB", ("memory/*_peak_gib",), None),
 )

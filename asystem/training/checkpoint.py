@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from asystem.errors import CapacityError, ModelError, TrainingError, nearest
+from asystem.models import Held
 
 MANIFEST = "manifest.json"
 GIB = 2**30
+
+Tensors = Mapping[str, Tensor | Held]
+"""Whole tensors, DTensors, or blocks of tensors whose other blocks other ranks have."""
 
 Describe = Callable[[Path], object]
 """Writes what a checkpoint holds beside its tensors into the folder that it is given. The first rank calls it."""
@@ -36,20 +40,20 @@ Describe = Callable[[Path], object]
 
 def save_checkpoint(
     folder: Path,
-    tensors: dict[str, Tensor],
+    tensors: Tensors,
     extra: dict[str, Any],
     *,
     world_size: int,
     score: float | None = None,
     describe: Describe | None = None,
 ) -> None:
-    """Writes tensors (whole, or DTensors) and a JSON object. Every rank calls it; an older ``folder`` is replaced."""
+    """Writes tensors and a JSON object. Every rank calls it; an older ``folder`` is replaced."""
     begin_checkpoint(folder, tensors, world_size=world_size)
     write_checkpoint(folder, tensors, extra, world_size=world_size, score=score, describe=describe)
     _barrier(world_size)
 
 
-def begin_checkpoint(folder: Path, tensors: dict[str, Tensor], *, world_size: int) -> None:
+def begin_checkpoint(folder: Path, tensors: Tensors, *, world_size: int) -> None:
     """Makes room for `write_checkpoint`, and clears away what a killed writer has left. Every rank calls it.
 
     Raises:
@@ -67,7 +71,7 @@ def begin_checkpoint(folder: Path, tensors: dict[str, Tensor], *, world_size: in
 
 def write_checkpoint(
     folder: Path,
-    tensors: dict[str, Tensor],
+    tensors: Tensors,
     extra: dict[str, Any],
     *,
     world_size: int,
@@ -89,14 +93,17 @@ def write_checkpoint(
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    partial = _partial(folder)
+    from asystem.training.planners import BlockSavePlanner
+
+    partial, held = _partial(folder), _held(tensors)
+    planner, alone = BlockSavePlanner(held), world_size == 1
     try:
         with _no_single_process_warning():
-            save(dict(tensors), checkpoint_id=partial, process_group=group, no_dist=world_size == 1)
+            save(dict(held), checkpoint_id=partial, planner=planner, process_group=group, no_dist=alone)
         if world_size == 1 or dist.get_rank() == 0:  # by now all ranks have written
             if describe is not None:
                 describe(partial)
-            shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+            shapes = {name: list(tensor.shape) for name, tensor in held.items()}
             _write_manifest(partial, {"tensors": shapes, "score": score, "extra": extra})
             _replace(partial, folder)
     except CheckpointException as error:
@@ -106,9 +113,7 @@ def write_checkpoint(
         raise TrainingError(f"checkpoint {folder} was not written: {error}") from error
 
 
-def load_checkpoint(
-    folder: Path, tensors: dict[str, Tensor], *, world_size: int, part: str | None = None
-) -> dict[str, Any]:
+def load_checkpoint(folder: Path, tensors: Tensors, *, world_size: int, part: str | None = None) -> dict[str, Any]:
     """Fills ``tensors`` in place and returns the JSON object. Every rank calls it.
 
     Args:
@@ -133,15 +138,22 @@ def load_checkpoint(
         raise ModelError(f"checkpoint {folder} has {unknown[0]}, which the model has not; it is of another model")
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    from asystem.training.planners import BlockLoadPlanner
+
+    held = _held(tensors)
     with _no_single_process_warning():
-        load(dict(tensors), checkpoint_id=folder, no_dist=world_size == 1)
+        load(dict(held), checkpoint_id=folder, planner=BlockLoadPlanner(held), no_dist=world_size == 1)
     extra: dict[str, Any] = manifest["extra"]
     return extra
 
 
-def checkpoint_bytes(tensors: dict[str, Tensor]) -> int:
+def checkpoint_bytes(tensors: Tensors) -> int:
     """What the tensors take on disk, those of all ranks together."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(held.num_bytes for held in _held(tensors).values())
+
+
+def _held(tensors: Tensors) -> dict[str, Held]:
+    return {name: each if isinstance(each, Held) else Held.of(each) for name, each in tensors.items()}
 
 
 def check_space(folder: Path, needed: int, count: int = 1) -> None:

@@ -1,10 +1,10 @@
-"""The training engine: packed micro-batches in, an optimizer step out; one process, or FSDP2 over ranks.
+"""The training engine: packed micro-batches in, an optimizer step out; on one process, or on `ranks`.
 
     micro-batches -> forward -> loss_fn -> backward, adding up -> clip -> AdamW on float32 masters -> model
 
 Losses are already divided by counts of the global batch, so gradients add up, over micro-batches and over ranks, and
 are divided by nothing. Ranks run equally many micro-batches, because each forward is a collective: those with fewer add
-idle ones, whose gradient is 0.
+idle ones, whose gradient is 0. Ranks that share layers are given equal micro-batches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from asystem.config import Master, Schedule, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack_one
 from asystem.errors import ConfigError, TrainingError
-from asystem.models import Decoder, adapter_state, add_lora, load_adapter, save_adapter
+from asystem.models import Decoder, Held, adapter_state, add_lora, load_adapter, save_adapter
 from asystem.stats import Stats
 from asystem.training.balance import ExpertBalance
 from asystem.training.blocks import prepare_blocks
@@ -32,15 +32,18 @@ from asystem.training.losses import LossFn
 from asystem.training.memory import TrainingPlan, free_memory
 from asystem.training.optimizer import MasterOptimizer
 from asystem.training.policy import Policy
+from asystem.training.ranks import RankGradients, Ranks, shard_policy
 from asystem.training.schedule import LearningRate
+from asystem.training.streaming import StreamedBlocks
 
 
 class TrainEngine:
-    """Trains a decoder in place. With several ranks, each makes one, with equal weights, and every call is collective.
+    """Trains a decoder in place, or this rank's part of it. With several ranks, each makes one, with equal weights, and
+    every call is collective.
 
     Args:
-        model: its parameters become ``dtype`` (one rank) or float32 shards (FSDP2, computing in ``dtype``); with
-            ``cfg.lora``, frozen in ``dtype`` beside adapters.
+        model: the whole, or this rank's part of it; its parameters become ``dtype`` (one rank) or float32 shards
+            (FSDP2, computing in ``dtype``); with ``cfg.lora``, frozen in ``dtype`` beside adapters.
         dtype: of forward and backward; `training.optimizer` says how masters, gradients' sums and moments are kept.
         world_size: ranks of the default process group, which stands already when more than 1.
         total_steps: optimizer steps of the schedule.
@@ -48,6 +51,7 @@ class TrainEngine:
         entropy_gradient: the loss uses the entropy's gradient.
         value_head: beside log-probabilities and entropies a loss gets values, of a head that trains along.
         seed: of the adapters' first weights.
+        ranks: how they share the model; None = as ``cfg`` says.
 
     Raises:
         ConfigError: the masters are to be of another dtype than the model.
@@ -66,26 +70,42 @@ class TrainEngine:
         entropy_gradient: bool = False,
         value_head: bool = False,
         seed: int = 0,
+        ranks: Ranks | None = None,
     ) -> None:
         self.cfg, self.device, self.dtype, self.world_size = cfg, torch.device(device), dtype, world_size
-        self.rank = dist.get_rank() if world_size > 1 else 0
+        self.ranks, self.spec = ranks or Ranks.of(cfg, world_size), model.spec
+        self.rank = self.ranks.rank
         if cfg.master is Master.bfloat16_stochastic and dtype is not torch.bfloat16:
             raise ConfigError(f"training.master=bfloat16_stochastic needs training.dtype=bfloat16, and it is {dtype}")
         if cfg.lora.rank > 0:
             _adapt(model, cfg, seed, self.device)
-        self.model = model.to(self.device)
-        self.balance = ExpertBalance(model, cfg.expert_bias_rate)
+        if (shard := self.ranks.shard) is not None:
+            model = model if model.shard is not None else shard.cut(model)
+            shard.pass_gradients(model)
+            self.spec = shard.whole(model.spec)
+        self.model = model = _placed(model, cfg, self.device)
+        self.balance = ExpertBalance(model, cfg, self.device, self.ranks)
         prepare_blocks(model, cfg, self.device)
-        self.policy = Policy(model, temperature, entropy_gradient=entropy_gradient, value_head=value_head)
+        self.policy = Policy(
+            model,
+            temperature,
+            entropy_gradient=entropy_gradient,
+            value_head=value_head,
+            keep_logits=cfg.keep_logits,
+            exact_head=cfg.head_dtype == "float32",
+        )
         self.reference: Policy | None = None
-        exact = {name: p.detach() for name, p in _trained(self.policy).items()}  # before rounding to ``dtype``
+        unrounded = {name: p.detach() for name, p in _trained(self.policy).items()}  # before rounding to ``dtype``
         for p in self.policy.parameters():  # FSDP's shards of what trains are the masters
             is_master = p.requires_grad and world_size > 1 and cfg.master is Master.float32
             if p.is_floating_point():
                 p.data = p.data.to(torch.float32 if is_master else dtype)
         if world_size > 1:
-            _shard(self.policy, self.device, dtype, world_size)
-        self.optimizer = MasterOptimizer(_trained(self.policy), exact, cfg)
+            shard_policy(self.policy, self.ranks, self.device, dtype)
+        self._streams = [StreamedBlocks(list(model.layers), self.device)] if cfg.offload_parameters else []
+        params = _trained(self.policy)
+        settled = RankGradients(self.ranks, list(params), model.spec) if world_size > 1 else None
+        self.optimizer = MasterOptimizer(params, unrounded, cfg, settled, self.device)
         self._fitting = 0  # tokens of a micro-batch that is known to fit in memory
         self.start_phase(cfg.lr, cfg.schedule, cfg.lr_warmup_steps, total_steps)
 
@@ -101,7 +121,7 @@ class TrainEngine:
         """Keeps a frozen copy of the present weights, in the dtype of the forward pass; on one rank it shares what is
         frozen here too."""
         with torch.device("meta"):
-            decoder = Decoder(self.model.spec)
+            decoder = Decoder(self.spec) if self.ranks.shard is None else self.ranks.shard.decoder(self.spec)
         if self.cfg.lora.rank > 0:
             add_lora(decoder, self.cfg.lora)
         present = dict(self.model.named_parameters())
@@ -112,12 +132,14 @@ class TrainEngine:
             decoder.to_empty(device=self.device)
             for name, kept in decoder.named_parameters():
                 kept.data = kept.data.to(present[name].dtype)
-        self.reference = Policy(decoder, self.policy.temperature)
+        self.reference = Policy(decoder, self.policy.temperature, exact_head=self.policy.exact_head)
         if self.world_size > 1:
-            _shard(self.reference, self.device, self.dtype, self.world_size)
+            shard_policy(self.reference, self.ranks, self.device, self.dtype)
             for kept, p in zip(self.reference.decoder.parameters(), self.policy.decoder.parameters(), strict=True):
                 kept.copy_(p)
         self.reference.requires_grad_(False).eval()
+        if self.cfg.offload_parameters:
+            self._streams.append(StreamedBlocks(list(decoder.layers), self.device))
 
     def logprobs(self, micro: Sequence[PackedBatch], *, reference: bool = False) -> list[Tensor]:
         """Log-probabilities of the response tokens of each micro-batch, [T] float32 on the device, 0 elsewhere.
@@ -133,8 +155,11 @@ class TrainEngine:
         policy = self.reference if reference else self.policy
         assert policy is not None, "keep_reference comes first"
         policy.eval()  # without dropout, as generation
-        results = [policy(packed.to(self.device)) for packed in self._padded(micro)]
+        if reference:  # which chooses its own experts, as it did when it was the model
+            micro = [replace(packed, routing=None) for packed in micro]
+        results = [policy(packed) for packed in [packed.to(self.device) for packed in self._padded(micro)]]
         policy.train(not reference)
+        self._leave_blocks()
         if self.world_size > 1:
             policy.reshard()  # type: ignore[operator]  # else the root keeps these weights past the next update
         return results[: len(micro)]
@@ -154,24 +179,30 @@ class TrainEngine:
             CapacityError: a micro-batch will not fit in the GPU's memory; says which size would.
         """
         self._check_fits(micro)
-        padded = self._padded(micro)
+        # All now: a later copy would wait for the work that is queued before it.
+        padded = [packed.to(self.device) for packed in self._padded(micro)]
         stats = Stats()
         losses: list[Tensor] = []
+        self.balance.start(sum(len(packed.tokens) for packed in micro))
         for index, packed in enumerate(padded):
-            loss, part = self._forward(packed.to(self.device), loss_fn if index < len(micro) else _idle_loss)
-            (loss * self.world_size).backward()  # type: ignore[no-untyped-call]  # FSDP takes the mean over ranks
+            if index == len(micro):
+                self.balance.mute()
+            loss, part = self._forward(packed, loss_fn if index < len(micro) else _idle_loss)
+            (loss * self.ranks.data).backward()  # type: ignore[no-untyped-call]  # FSDP takes the mean over ranks
             self.balance.collect(counted=index < len(micro))
             losses.append(loss.detach())
             stats += part
+        self._leave_blocks()
         if padded:
             self._finish_step(stats, torch.stack(losses).tolist(), micro)
-        return stats
+        return stats.settled()
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> tuple[dict[str, Held], dict[str, Any]]:
         """What a checkpoint holds: masters and moments, the very tensors; and the schedule's position as JSON. Frozen
         weights are not among them."""
+        held = {key: self.ranks.held(name, t, self.model.spec) for key, name, t in self.optimizer.states()}
         schedule = asdict(self.lr) | {"schedule": self.lr.schedule.name}
-        return self.optimizer.tensors(), {"lr": schedule, "steps": self.steps, "bad_steps": self.bad_steps}
+        return held, {"lr": schedule, "steps": self.steps, "bad_steps": self.bad_steps}
 
     def save(self, folder: Path) -> None:
         """Writes a checkpoint and waits for it; every rank calls it. `saving.Saver` writes them beside training."""
@@ -184,7 +215,7 @@ class TrainEngine:
         Raises:
             ModelError: it is incomplete or of another model.
         """
-        extra = load_checkpoint(Path(folder), self.optimizer.tensors(), world_size=self.world_size)
+        extra = load_checkpoint(Path(folder), self.state()[0], world_size=self.world_size)
         self.optimizer.publish()
         self.lr = LearningRate(**(extra["lr"] | {"schedule": Schedule[extra["lr"]["schedule"]]}))
         self.steps, self.bad_steps = extra["steps"], extra["bad_steps"]
@@ -198,6 +229,11 @@ class TrainEngine:
     def _forward(self, packed: PackedBatch, loss_fn: LossFn) -> tuple[Tensor, Stats]:
         return loss_fn(packed, *self.policy(packed))
 
+    def _leave_blocks(self) -> None:
+        """Streamed weights are in the host's memory again, where they may be changed and read."""
+        for stream in self._streams:
+            stream.leave()
+
     def _check_fits(self, micro: Sequence[PackedBatch]) -> None:
         """Before the first step, so that a run does not end in the middle of a later one; and before larger ones, which
         single sequences above the limit are."""
@@ -208,7 +244,7 @@ class TrainEngine:
             tokens = max(tokens, self.cfg.micro_batch_tokens)
         if (free := free_memory(self.device)) is not None:
             plan = TrainingPlan(
-                self.model.spec,
+                self.spec,
                 self.cfg,
                 dtype=self.dtype,
                 ranks=self.world_size,
@@ -230,7 +266,7 @@ class TrainEngine:
         lr = self.lr.at(self.steps)
         norm = self.optimizer.step(lr, self.cfg.clip_norm)
         is_bad = not math.isfinite(norm)
-        self.balance.finish(self.optimizer, self.world_size, good=not is_bad)
+        self.balance.finish(self.optimizer, stats, good=not is_bad)
         self.steps += 1
         self.bad_steps = self.bad_steps + 1 if is_bad else 0
         # What is the same on all ranks is told by the first, so that adding ranks up leaves it right.
@@ -266,22 +302,17 @@ def _adapt(model: Decoder, cfg: TrainingConfig, seed: int, device: torch.device)
         load_adapter(model, cfg.lora.adapter)
 
 
+def _placed(model: Decoder, cfg: TrainingConfig, device: torch.device) -> Decoder:
+    """On its device; blocks that are streamed there, in the host's memory."""
+    if not cfg.offload_parameters:
+        return model.to(device)
+    for name, part in model.named_children():
+        part.to("cpu" if name == "layers" else device)
+    return model
+
+
 def _trained(policy: Policy) -> dict[str, nn.Parameter]:
     return {name.removeprefix("decoder."): p for name, p in policy.named_parameters() if p.requires_grad}
-
-
-def _shard(policy: Policy, device: torch.device, dtype: torch.dtype, world_size: int) -> None:
-    """FSDP2: a unit for each block, and one for embedding, norm and head."""
-    # Imported here: it takes a second, which processes that shard nothing need not wait for.
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mesh = init_device_mesh(device.type, (world_size,))
-    # Inputs are not cast, so that rotary tables stay float32, as in decoding.
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in policy.decoder.layers:
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
 
 
 def _idle_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor, *values: Tensor) -> tuple[Tensor, Stats]:

@@ -28,15 +28,24 @@ def token_logprobs(
     temperature: float = 1.0,
     *,
     entropy_gradient: bool = False,
+    keep_logits: bool = False,
+    exact: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [M] float32 of labels [M] after hidden states [M, D], head's weight [V, D].
 
-    Logits are rounded to the model's dtype, as generation's are, and all else is computed in float32. They are computed
-    again in the backward pass, unless all fit in ``chunk_elements``. The entropy has a gradient if asked for.
+    Logits are computed again in the backward pass, unless all fit in ``chunk_elements``.
+
+    Args:
+        entropy_gradient: the entropy has a gradient.
+        keep_logits: all of them wait for the backward pass instead.
+        exact: logits are float32, as the head's product sums them up, from inputs in the model's dtype; else they are
+            rounded to that. All after them is float32, and their gradient is rounded to the model's dtype.
     """
+    keep = keep_logits and torch.is_grad_enabled()
+    rows = max(1, len(labels)) if keep else chunk_rows(weight.shape[0], chunk_elements)
     logprobs, entropy = _Head.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, labels, temperature, chunk_rows(weight.shape[0], chunk_elements), entropy_gradient
+        hidden, weight, labels, temperature, rows, entropy_gradient, exact
     )
     return logprobs, entropy
 
@@ -50,13 +59,21 @@ def chunk_rows(vocab_size: int, chunk_elements: int = CHUNK_ELEMENTS) -> int:
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, rows: int, entropy_gradient: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        rows: int,
+        entropy_gradient: bool,
+        exact: bool,
     ) -> tuple[Tensor, Tensor]:
         result = torch.empty(3, len(labels), device=hidden.device)  # log-probabilities, entropies, log-sum-exps
-        logits = hidden.new_empty(min(rows, len(labels)), weight.shape[0])
+        ctx.dtype = torch.float32 if exact else hidden.dtype
+        logits = hidden.new_empty(min(rows, len(labels)), weight.shape[0], dtype=ctx.dtype)
         for start in range(0, len(labels), rows):
             part = slice(start, start + rows)
-            torch.mm(hidden[part], weight.T, out=logits[: len(labels[part])])
+            _product(hidden[part], weight, logits[: len(labels[part])])
             _measure(logits[: len(labels[part])], labels[part], temperature, result[:, part])
         logprobs, entropy = result[0].clone(), result[1].clone()
         ctx.save_for_backward(hidden, weight, labels, result, logits if len(labels) <= rows else None)
@@ -71,21 +88,33 @@ class _Head(torch.autograd.Function):
         hidden, weight, labels, result, kept = ctx.saved_tensors
         by_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         by_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        logits = hidden.new_empty(min(ctx.rows, len(labels)), weight.shape[0]) if kept is None else kept
+        shape = min(ctx.rows, len(labels)), weight.shape[0]
+        logits = hidden.new_empty(shape, dtype=ctx.dtype) if kept is None else kept
         grads = torch.stack([grad_logprobs, grad_entropy if ctx.entropy_gradient else torch.zeros_like(grad_logprobs)])
         for start in range(0, len(labels), ctx.rows):
             part = slice(start, start + ctx.rows)
             out = logits[: len(labels[part])]
             if kept is None:
-                torch.mm(hidden[part], weight.T, out=out)
+                _product(hidden[part], weight, out)
             _differentiate(out, labels[part], ctx.temperature, result[:, part], grads[:, part])
+            out = out.to(hidden.dtype)
             if by_hidden is not None:
                 torch.mm(out, weight, out=by_hidden[part])
             if by_weight is not None:
                 torch.addmm(by_weight, out.T, hidden[part], out=by_weight)
         if kept is not None:  # overwritten: a second backward pass is to fail, not to be wrong
             torch.autograd.graph.increment_version(kept)
-        return by_hidden, by_weight, None, None, None, None
+        return by_hidden, by_weight, None, None, None, None, None
+
+
+def _product(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
+    """hidden [n, D], weight [V, D] -> out [n, V], of their dtype or float32."""
+    if out.dtype is hidden.dtype:
+        torch.mm(hidden, weight.T, out=out)
+    elif hidden.is_cuda:
+        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(hidden.float(), weight.float().T, out=out)
 
 
 def _measure(logits: Tensor, labels: Tensor, temperature: float, result: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The memory plan of training: what a step takes of each rank's device, known before it runs.
 
-    held        weights, masters, moments; what FSDP2 gathers; places that offloaded states pass through
+    held        weights, masters, moments; what FSDP2 gathers; places that streamed weights and offloaded states pass
+                through
     gradients   their sums over micro-batches, and of one in the model's dtype
     then the larger of
       activations + the larger of the head's chunk and a block's backward pass, of the largest micro-batch
@@ -28,7 +29,7 @@ from torch import nn
 
 from asystem.config import Compile, Master, Optimizer, Recompute, TrainingConfig
 from asystem.errors import CapacityError
-from asystem.models import Decoder, FrozenLinear, LoraLinear, ModelSpec, add_lora
+from asystem.models import Block, Decoder, FrozenLinear, LoraLinear, ModelSpec, Shard, add_lora
 from asystem.training.head import chunk_rows
 from asystem.training.offload import PLACES
 from asystem.training.optimizer import PIECE
@@ -43,7 +44,7 @@ class TrainMemory:
 
     Attributes:
         weights, masters, moments: held throughout; masters that are the weights count as weights, offloaded states not.
-        gathered: whole weights of sharded ones while they compute, and places of offloaded states.
+        gathered: whole weights of sharded ones while they compute; places of streamed weights and offloaded states.
         gradients: sums, and one in the model's dtype. activations: until the backward pass.
         head: chunks of logits. block: gradients inside one block, and its activations where they are recomputed.
         update: of the optimizer's arithmetic, when activations are gone.
@@ -91,9 +92,10 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def shapes(spec: ModelSpec, cfg: TrainingConfig) -> Decoder:
-    """The model that trains, on the meta device."""
+    """The model that trains, or a rank's part of it, on the meta device."""
+    shard = Shard(0, cfg.tensor_parallel, expert_size=cfg.expert_parallel)
     with torch.device("meta"):
-        model = Decoder(spec)
+        model = Decoder(spec) if shard.size == shard.expert_size == 1 else shard.decoder(spec)
         if cfg.lora.rank > 0:
             add_lora(model, cfg.lora)
     return model
@@ -117,12 +119,17 @@ class TrainingPlan:
         device: str = "cuda",
         model: Decoder | None = None,
     ) -> None:
-        self.spec, self.cfg, self.dtype, self.ranks = spec, cfg, dtype, ranks
+        self.cfg, self.dtype, self.ranks = cfg, dtype, ranks
         self.offloads = cfg.offload_optimizer and device == "cuda"
         self.compiled = cfg.compile is Compile.always or (cfg.compile is Compile.auto and device == "cuda")
+        self.streams = cfg.offload_parameters and device == "cuda"
         self.stochastic = cfg.master is Master.bfloat16_stochastic
         self.model = shapes(spec, cfg) if model is None else model
+        self.spec = self.model.spec  # of a rank's part
+        self._sharded = self._shards()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        streamed = self.model.layers.parameters() if self.streams else ()
+        self._away = set(streamed)  # in the host's memory, but for what streams
 
     def of(self, tokens: int) -> TrainMemory:
         """For a largest micro-batch of that many tokens."""
@@ -131,7 +138,7 @@ class TrainingPlan:
             weights=self._weights(),
             masters=self._masters(),
             moments=self._moments(),
-            gathered=self._gathered() + self._places(),
+            gathered=self._gathered() + self._places() + self._streaming(),
             gradients=self._gradients(),
             activations=tokens * kept + 3 * tokens * self.spec.hidden_size * self.dtype.itemsize,
             head=self._head(tokens),
@@ -173,8 +180,8 @@ class TrainingPlan:
         if largest := self.largest(free + plan.held, below=tokens):
             raise CapacityError(f"{short}: set training.micro_batch_tokens={largest} or lower")
         raise CapacityError(
-            f"{short}: none fits; try training.recompute=full, training.optimizer=adamw8bit, training.lora.rank=16 or "
-            "more training.ranks"
+            f"{short}: none fits; try training.recompute=full, training.optimizer=adamw8bit, training.lora.rank=16, "
+            "training.offload_parameters=true or more training.ranks"
         )
 
     def _weights(self) -> int:
@@ -183,6 +190,7 @@ class TrainingPlan:
         return sum(
             self._local(p) * (4 if p.requires_grad and sharded_master else self._size(p))
             for p in self.model.parameters()
+            if p not in self._away
         )
 
     def _size(self, p: nn.Parameter) -> int:
@@ -204,7 +212,7 @@ class TrainingPlan:
 
     def _gradients(self) -> int:
         """Sums, and the largest one on its way to them: a tied embedding's waits from the head to the lookup."""
-        sums = self._count() * self._state_size()
+        sums = sum(self._local(p) for p in self.trained if p not in self._away) * self._state_size()
         passing = 0 if self.dtype is torch.float32 else max(p.numel() for p in self.trained) * self.dtype.itemsize
         return sums + passing
 
@@ -218,10 +226,20 @@ class TrainingPlan:
         root = sum(p.numel() for p in self.model.parameters()) - sum(p.numel() for layer in layers for p in layer)
         return (root + 2 * block) * self.dtype.itemsize + trained * (4 + self.dtype.itemsize)
 
+    def _streaming(self) -> int:
+        """Two blocks, and gradients on their way to the host: of about two blocks, and two in float32."""
+        if not self.streams:
+            return 0
+        blocks = [list(layer.parameters()) for layer in self.model.layers]
+        trained = [[p.numel() for p in block if p.requires_grad] for block in blocks]
+        weights = max(sum(p.numel() * self._size(p) for p in block) for block in blocks)
+        return 2 * weights + max(2 * self.dtype.itemsize * sum(block) + 8 * max(block, default=0) for block in trained)
+
     def _places(self) -> int:
         if not self.offloads:
             return 0
         copies = 4 if not self.stochastic and self.dtype is not torch.float32 else 0
+        copies += 4 + self.dtype.itemsize if self.streams else 0  # gradients, and what weights become
         return PLACES * max(self._at_once(p) * copies + self._moment_bytes(p) * self._at_once(p) // p.numel()
                             for p in self.trained)  # fmt: skip
 
@@ -273,9 +291,10 @@ class TrainingPlan:
         )
 
     def _head(self, tokens: int) -> int:
-        """Logits of a chunk, and where it trains the gradient of its weights."""
-        rows = min(tokens, chunk_rows(self.spec.vocab_size))
-        logits = rows * self.spec.vocab_size * self.dtype.itemsize
+        """Logits of a chunk, in float32 also rounded, and where it trains the gradient of its weights."""
+        rows = tokens if self.cfg.keep_logits else min(tokens, chunk_rows(self.spec.vocab_size))
+        is_exact = self.cfg.head_dtype == "float32" and self.dtype is not torch.float32
+        logits = rows * self.spec.vocab_size * (self.dtype.itemsize + 4 * is_exact)
         head = self.model.head_weight()
         return logits + (head.numel() * self.dtype.itemsize if head.requires_grad else 0)
 
@@ -285,9 +304,20 @@ class TrainingPlan:
     def _count(self) -> int:
         return sum(map(self._local, self.trained))
 
+    def _shards(self) -> dict[nn.Parameter, int]:
+        """Ranks over which FSDP2 shards each parameter of a rank's part (`training.ranks`)."""
+        data = self.ranks // self.cfg.tensor_parallel
+        over = dict.fromkeys(self.model.parameters(), self.ranks)
+        for block in self.model.layers:
+            assert isinstance(block, Block), "a decoder's layers are blocks"
+            over |= dict.fromkeys(block.parameters(), data)
+            if (experts := block.spread_experts) is not None:
+                over |= dict.fromkeys(experts.parameters(), data // self.cfg.expert_parallel)
+        return over
+
     def _local(self, p: nn.Parameter) -> int:
         """Numbers of a parameter on the rank with the most: FSDP2 cuts rows."""
-        return -(-p.shape[0] // self.ranks) * prod(p.shape[1:])
+        return -(-p.shape[0] // self._sharded[p]) * prod(p.shape[1:])
 
     def _at_once(self, p: nn.Parameter) -> int:
         """Values of it that the optimizer takes together where it does not take all: whole rows."""

@@ -38,7 +38,8 @@ class HostStates:
     def stream(self, pieces: Sequence[list[list[Tensor]]]) -> Iterator[list[list[Tensor]]]:
         """Each piece's states on the device, to be changed there in place before the next is asked for.
 
-        Tensors that are on the device already are passed on as they are.
+        Tensors that are on the device already are passed on as they are. What is taken off the end of a piece's list
+        meanwhile is not written back.
         """
         self._make_room(pieces)
         main = torch.cuda.current_stream(self.device)
@@ -55,7 +56,7 @@ class HostStates:
             yield states
             self._out.wait_stream(main)
             with torch.cuda.stream(self._out):
-                for kept, copies in zip(piece, states, strict=True):
+                for kept, copies in zip(piece, states, strict=False):
                     for tensor, copy in zip(kept, copies, strict=True):
                         if tensor is not copy:
                             tensor.copy_(copy, non_blocking=True)
@@ -77,16 +78,17 @@ class HostStates:
                         continue
                     copy = room[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
                     copies.append(copy.copy_(tensor, non_blocking=True))
-                    offset += _aligned(tensor)
+                    offset += aligned(tensor)
                 states.append(copies)
             return states, self._in.record_event()
 
     def _make_room(self, pieces: Sequence[list[list[Tensor]]]) -> None:
-        needed = max((sum(_aligned(t) for kept in piece for t in kept if not t.is_cuda) for piece in pieces), default=0)
+        needed = max((sum(aligned(t) for kept in piece for t in kept if not t.is_cuda) for piece in pieces), default=0)
         if not self._places or self._places[0].numel() < needed:
             self._places = [torch.empty(needed, dtype=torch.uint8, device=self.device) for _ in range(PLACES)]
 
 
-def _aligned(tensor: Tensor) -> int:
+def aligned(tensor: Tensor) -> int:
+    """Bytes that a tensor takes of a place."""
     size = prod(tensor.shape) * tensor.element_size()
     return -(-size // ALIGNMENT) * ALIGNMENT

@@ -13,9 +13,10 @@ from torch.nn.utils import get_total_norm
 from torch.optim.adamw import adamw
 
 from asystem.config import Master, Optimizer, TrainingConfig
-from asystem.models import whole
 from asystem.training.offload import HostStates
+from asystem.training.ranks import RankGradients
 from asystem.training.states import Dynamic8Bit, Float32, Kind, StochasticBFloat16, local, stochastic_round_
+from asystem.training.streaming import HostSums
 
 PIECE = 2**24  # elements updated at once where states are not all float32 on the device: 64 MiB for each of four
 KEYS = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")  # master and moments, as checkpoints name them
@@ -44,14 +45,26 @@ class MasterOptimizer:
     masters are.
 
     Args:
-        params: the model's parameters by name.
+        params: the model's parameters by name; those that lie in the host's memory are streamed to the device.
         exact: the values to start from where the parameters have already been rounded.
+        gradients: what several ranks have to settle about theirs; None = there is one rank.
+        device: that computes; None = where the parameters are.
     """
 
-    def __init__(self, params: dict[str, nn.Parameter], exact: dict[str, Tensor], cfg: TrainingConfig) -> None:
-        self.params, self.cfg = params, cfg
-        device = next(iter(params.values())).device
+    def __init__(
+        self,
+        params: dict[str, nn.Parameter],
+        exact: dict[str, Tensor],
+        cfg: TrainingConfig,
+        gradients: RankGradients | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.params, self.cfg, self._ranks = params, cfg, gradients
+        device = device or next(iter(params.values())).device
         self._host = HostStates(device) if cfg.offload_optimizer and device.type == "cuda" else None
+        streamed = {name: p for name, p in params.items() if self._host is not None and not p.is_cuda}
+        self._sums = HostSums(streamed, device) if streamed else None
+        self._streamed = streamed.keys()
         self._stochastic = cfg.master is Master.bfloat16_stochastic
         self._own = {name for name, p in params.items() if p.dtype is torch.float32 or self._stochastic}
         self.masters = {
@@ -88,8 +101,12 @@ class MasterOptimizer:
         Returns:
             the norm of the whole gradient before clipping, the same on all ranks; NaN or infinity = no update was made.
         """
-        total = get_total_norm(list(self._gradients.values()))
-        norm = float(whole(total))
+        if self._sums is not None:
+            self._sums.wait()
+        if self._ranks is None:
+            norm = float(get_total_norm(list(self._gradients.values())))
+        else:
+            norm = self._ranks.settle(self._gradients)
         if math.isfinite(norm):
             self._steps += 1
             scale = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm > 0 else 1.0
@@ -98,6 +115,8 @@ class MasterOptimizer:
             else:
                 for piece, states in self._pieces():
                     self._update(piece, states, lr, scale)
+        if self._sums is not None and self._host is not None:
+            self._host.wait()  # weights that were written back are read next
         self._gradients.clear()
         self._reseed()
         return norm
@@ -112,13 +131,17 @@ class MasterOptimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything to be saved, by name; loading writes into these tensors, then `publish`."""
+        return {key: tensor for key, _, tensor in self.states()}
+
+    def states(self) -> Iterator[tuple[str, str, Tensor]]:
+        """As `tensors`: the name under which it is saved, that of its parameter ("" = of none), and the tensor."""
         if self._host is not None:
             self._host.wait()
-        named = {"optimizer.steps": self._steps}
+        yield "optimizer.steps", "", self._steps
         for name, states in self._states.items():
             for key, kept in zip(KEYS, states, strict=True):
-                named |= {f"{key}{'_scale' * place}.{name}": tensor.detach() for place, tensor in enumerate(kept)}
-        return named
+                for place, tensor in enumerate(kept):
+                    yield f"{key}{'_scale' * place}.{name}", name, tensor.detach()
 
     def _kinds_of(self, p: nn.Parameter) -> tuple[Kind, Kind, Kind]:
         """Of the master and the two moments. Norms and biases, which are few, are not kept in 8 bits."""
@@ -140,7 +163,9 @@ class MasterOptimizer:
             return
         grad, p.grad = p.grad, None
         held = self._gradients.get(name)
-        if held is None:
+        if self._sums is not None and name in self._streamed:
+            self._gradients[name] = self._sums.add(name, grad, first=held is None)
+        elif held is None:
             self._gradients[name] = grad if self._stochastic else grad.float()
         elif self._stochastic:
             stochastic_round_(local(held), local(held).float() + local(grad), self._noise)
@@ -165,13 +190,15 @@ class MasterOptimizer:
 
     def _update(self, piece: Piece, states: list[list[Tensor]], lr: float, scale: float) -> None:
         param, kinds = self.params[piece.name], self._kinds[piece.name]
-        master, mean, square = (kind.read(kept) for kind, kept in zip(kinds, states, strict=True))
-        grad = piece.of(self._gradients[piece.name]).float() * scale
+        is_streamed, is_own = piece.name in self._streamed, piece.name in self._own
+        grad = states.pop()[0] if is_streamed else piece.of(self._gradients[piece.name])
+        master, mean, square = (kind.read(kept) for kind, kept in zip(kinds, states[:3], strict=True))
+        grad = grad.float() * scale
         self._adamw([master], [grad], [mean], [square], lr, param.ndim >= 2)
-        for kind, kept, values in zip(kinds, states, (master, mean, square), strict=True):
+        for kind, kept, values in zip(kinds, states[:3], (master, mean, square), strict=True):
             kind.write(kept, values, self._noise)
-        if piece.name not in self._own:
-            piece.of(param).copy_(master)
+        if not is_own:
+            (states[3][0] if is_streamed else piece.of(param)).copy_(master)
 
     def _adamw(
         self,
@@ -208,5 +235,10 @@ class MasterOptimizer:
             part = local(self.params[name])
             rows = max(1, PIECE // max(1, part[:1].numel()))
             pieces += [Piece(name, start, min(rows, len(part) - start)) for start in range(0, len(part), rows)]
-        states = [[[piece.of(tensor) for tensor in kept] for kept in self._states[piece.name]] for piece in pieces]
+        states = [[[piece.of(tensor) for tensor in kept] for kept in self._of(piece.name)] for piece in pieces]
         yield from zip(pieces, states if self._host is None else self._host.stream(states), strict=True)
+
+    def _of(self, name: str) -> list[tuple[Tensor, ...]]:
+        """A parameter's states; of a streamed one also what is to become of it, and its gradient, the last."""
+        extra = [(self.params[name],)] if name not in self._own else []
+        return [*self._states[name], *extra, (self._gradients[name],)] if name in self._streamed else self._states[name]

@@ -34,7 +34,8 @@ class PreferenceLoss:
             ratios = ratios / sequence_sums(packed, packed.mask.float())
         log_ratio = ratios[:, 0] - ratios[:, 1]
         losses = preference_losses(log_ratio, self.cfg)
-        return losses.sum() / self.num_pairs, self._stats(packed, sums.detach(), ratios.detach(), entropy)
+        seen = sums.detach(), ratios.detach(), entropy.detach()
+        return losses.sum() / self.num_pairs, Stats.later(lambda: self._stats(packed, *seen))
 
     def _stats(self, packed: PackedBatch, sums: Tensor, ratios: Tensor, entropy: Tensor) -> Stats:
         stats, count = Stats(), len(sums)

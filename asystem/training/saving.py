@@ -7,9 +7,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch.distributed as dist
-from torch import Tensor
 
 from asystem.config import CheckpointConfig
+from asystem.models import Held
 from asystem.training.checkpoint import (
     Describe,
     begin_checkpoint,
@@ -42,7 +42,7 @@ class Saver:
         Raises:
             CapacityError: with the sizes and the remedy.
         """
-        count = self.cfg.keep_last + self.cfg.keep_best + 1 if self.cfg.every else 1
+        count = self.cfg.keep_last + self.cfg.keep_best + 1 if self.cfg.every else int(self.cfg.at_end)
         check_space(parent, checkpoint_bytes(self.engine.state()[0]), count)
 
     def save(self, folder: Path, score: float | None = None) -> float:
@@ -63,7 +63,7 @@ class Saver:
         if folder != self._last:
             tensors, extra = self.engine.state()
             begin_checkpoint(folder, tensors, world_size=self.engine.world_size)
-            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            copies = {name: held.to_host() for name, held in tensors.items()}
             if self.engine.world_size > 1 and self._group is None:
                 # Its own: collectives of the thread and of training would otherwise meet each other.
                 self._group = dist.new_group(backend="gloo")
@@ -81,7 +81,7 @@ class Saver:
         if writing is not None:
             writing.result()
 
-    def _write(self, folder: Path, copies: dict[str, Tensor], extra: dict[str, object], score: float | None) -> None:
+    def _write(self, folder: Path, copies: dict[str, Held], extra: dict[str, object], score: float | None) -> None:
         write_checkpoint(
             folder,
             copies,

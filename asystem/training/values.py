@@ -61,7 +61,7 @@ def _moments(engine: TrainEngine, counted: Sequence[Tensor]) -> tuple[float, Ten
         sums[0] += wide.shape[1]
         sums[1:] += torch.stack([wide.sum(1), wide.square().sum(1)])
     if engine.world_size > 1:
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=engine.ranks.data_group)
     count = float(sums[0, 0])
     means = sums[1] / max(1.0, count)
     return count, means, (sums[2] - count * means.square()).clamp(min=0) / max(1.0, count - 1)

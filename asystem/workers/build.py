@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from asystem.config import Config, ModelConfig
+from asystem.config import Config, ModelConfig, Transport
 from asystem.data.tokenizer import Tokenizer, check_tokenizer, load_tokenizer
 from asystem.errors import ConfigError, DataError
 from asystem.models import (
     Decoder,
     ModelSpec,
     Shard,
+    check_experts,
     check_folder,
     check_lora,
     check_parallel,
@@ -23,6 +27,9 @@ from asystem.models import (
     spec_from_config,
 )
 from asystem.plugin import resolve
+from asystem.state import Inbox, Outbox, StreamInbox, StreamOutbox, Terms
+
+PATIENCE = 0.9  # of the deadline: who waited in vain says for whom before it is itself overdue
 
 
 def pick_device(config: Config) -> torch.device:
@@ -61,8 +68,8 @@ def pick_quantized(name: str, device: torch.device) -> torch.dtype | None:
     """
     if name != "fp8":
         return torch.int8 if name == "int8" else None
-    if device.type != "cuda":
-        raise ConfigError("generation.dtype=fp8 needs a GPU, and this is the CPU: use int8")
+    if device.type != "cuda":  # widened for each product, as int8
+        return torch.float8_e4m3fn
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < (8, 9):
         card = f"{torch.cuda.get_device_name(device)} has {major}.{minor}"
@@ -117,13 +124,17 @@ def build_model(
     return model if quantized is None else quantize(model, quantized)
 
 
-def build_trained(config: Config, device: torch.device) -> Decoder:
+def build_trained(config: Config, device: torch.device, part: Shard | None = None) -> Decoder:
     """The model to train: in float32, for the masters; frozen weights at once in the dtype that computes. Those to be
-    kept in fewer bits stay in the host's memory until they are.
+    kept in fewer bits, or streamed, stay in the host's memory.
+
+    Args:
+        part: what this rank holds of it where it is cut over ranks; None = all.
     """
-    lora = config.training.lora
-    dtype = pick_dtype(config.training.dtype, device) if lora.rank > 0 else torch.float32
-    return build_model(config, device if lora.base == "auto" else torch.device("cpu"), dtype)
+    training = config.training
+    dtype = pick_dtype(training.dtype, device) if training.lora.rank > 0 else torch.float32
+    waits = training.lora.base != "auto" or training.offload_parameters
+    return build_model(config, torch.device("cpu") if waits else device, dtype, part)
 
 
 def replica_part(rank: int, ranks: int, size: int) -> Shard | None:
@@ -137,26 +148,63 @@ def replica_part(rank: int, ranks: int, size: int) -> Shard | None:
     return Shard(rank % size, size, groups[rank // size])
 
 
+class Reader(Protocol):
+    """Takes over what all ranks of training have handed over, of the transport's own kind."""
+
+    def read(self, payloads: Sequence[Any]) -> None: ...
+
+
+def build_outbox(
+    config: Config, model: nn.Module, dtype: torch.dtype, device: torch.device, rank: int
+) -> Outbox | StreamOutbox:
+    """What a rank of training publishes its weights with, in ``dtype``."""
+    weights = config.weights
+    if weights.transport is Transport.nccl:
+        return StreamOutbox(model, dtype, weights.verify_every, rank, _terms(config, device))
+    return Outbox(model, dtype, weights.verify_every, weights.transport, rank)
+
+
+def build_inbox(config: Config, model: Decoder, device: torch.device, rank: int) -> Reader:
+    """What a rank of generation takes published weights over with."""
+    stream = config.weights.transport is Transport.nccl
+    return StreamInbox(model, rank, _terms(config, device)) if stream else Inbox(model)
+
+
+def _terms(config: Config, device: torch.device) -> Terms:
+    ranks, seconds = (config.training.ranks, config.generation.ranks), PATIENCE * config.runtime.deadline_seconds
+    return Terms(*ranks, device, seconds, config.weights.bucket_bytes)
+
+
 def check_model(config: Config) -> tuple[ModelSpec, Tokenizer]:
     """Looks at the model folder, the tokenizer and the adapter without reading weights, before anything starts.
 
     Raises:
         ModelError, DataError: as `build_model` and `build_tokenizer` would, later.
-        ConfigError: the model cannot be cut over `generation.tensor_parallel` ranks, or kept in `generation.dtype`; or
-            routing or moving biases are asked of one that has none.
+        ConfigError: the model cannot be cut over as many ranks as asked, or kept in `generation.dtype`; or something is
+            asked of experts that it does not have.
     """
     spec = spec_from_config(config.model) if config.model.path is None else check_folder(config.model.path)[0]
     check_parallel(spec, config.generation.tensor_parallel)
-    if spec.moe is not None and config.generation.dtype in ("int8", "fp8"):
-        raise ConfigError(
-            f"generation.dtype={config.generation.dtype}: experts ({spec.family}) are not kept in 8 bits; use auto"
-        )
-    if spec.moe is None and config.generation.return_routing:
-        raise ConfigError(f"generation.return_routing=true needs a model with experts; {spec.family} has none")
-    if config.training.expert_bias_rate > 0 and (spec.moe is None or not spec.moe.has_bias):
-        raise ConfigError(
-            f"training.expert_bias_rate={config.training.expert_bias_rate:g} needs experts with biases "
-            f"(bailing_moe_v2); {spec.family} has none: set it to 0"
-        )
+    check_parallel(spec, config.training.tensor_parallel, "training.tensor_parallel")
+    check_experts(spec, config.training.expert_parallel)
+    _check_experts(spec, config)
     check_lora(spec, config.training.lora)
     return spec, build_tokenizer(config, spec.vocab_size)
+
+
+def _check_experts(spec: ModelSpec, config: Config) -> None:
+    training = config.training
+    for key, asked in (
+        ("algorithm.routing_replay", config.algorithm.routing_replay),
+        ("generation.return_routing", config.generation.return_routing),
+        ("training.balance_coefficient", training.balance_coefficient),
+        ("training.router_z_coefficient", training.router_z_coefficient),
+    ):
+        if asked and spec.moe is None:
+            value = "true" if asked is True else f"{asked:g}"
+            raise ConfigError(f"{key}={value} needs a model with experts; {spec.family} has none")
+    if training.expert_bias_rate > 0 and (spec.moe is None or not spec.moe.has_bias):
+        raise ConfigError(
+            f"training.expert_bias_rate={training.expert_bias_rate:g} needs experts with biases "
+            f"(bailing_moe_v2); {spec.family} has none: set it to 0"
+        )

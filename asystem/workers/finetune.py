@@ -12,7 +12,17 @@ from asystem.data.examples import Example, ExampleBatch, load_examples
 from asystem.data.packing import PackedBatch, pack_groups
 from asystem.spmd import Collect, Dispatch, Worker, remote
 from asystem.stats import Stats
-from asystem.training import LossFn, PreferenceLoss, Saver, TrainEngine, describe_model, sequence_sums, supervised_loss
+from asystem.training import (
+    LossFn,
+    Meter,
+    PreferenceLoss,
+    Ranks,
+    Saver,
+    TrainEngine,
+    describe_model,
+    sequence_sums,
+    supervised_loss,
+)
 from asystem.workers.build import build_tokenizer, build_trained, pick_device, pick_dtype
 
 
@@ -26,7 +36,8 @@ class FinetuneWorker(Worker):
 
     async def setup(self) -> None:
         config, device = self.config, pick_device(self.config)
-        model = build_trained(config, device)
+        ranks = Ranks.of(config.training, self.world_size)
+        model = build_trained(config, device, ranks.shard)
         tokenizer = build_tokenizer(config, model.spec.vocab_size)
         self.train, self.held_out = load_examples(config, tokenizer)
         self.trainer = TrainEngine(
@@ -37,15 +48,19 @@ class FinetuneWorker(Worker):
             world_size=self.world_size,
             total_steps=config.steps,
             seed=config.seed,
+            ranks=ranks,
         )
-        describe = describe_model(model.spec, tokenizer, config.model, config.training.lora)
+        training = config.training
+        self.meter = Meter(self.trainer.spec, device, frozen=training.lora.rank > 0, sharing=training.tensor_parallel)
+        describe = describe_model(self.trainer.spec, tokenizer, config.model, config.training.lora)
         self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
 
     @remote(Dispatch.SPLIT, Collect.SUM)
     async def update(self, batch: ExampleBatch) -> Stats:
         """One optimizer step; metrics of all ranks."""
-        return self.trainer.step(self._micro_batches(batch), self._loss(batch))
+        micro, loss_fn = self._micro_batches(batch), self._loss(batch)
+        return self.meter.measure(micro, lambda: self.trainer.step(micro, loss_fn))
 
     @remote(Dispatch.SPLIT, Collect.SUM)
     async def evaluate(self, batch: ExampleBatch) -> Stats:
@@ -55,7 +70,7 @@ class FinetuneWorker(Worker):
             loss, part = loss_fn(packed.to(self.trainer.device), logprobs, torch.zeros_like(logprobs))
             stats += part
             stats.add_sum("loss", float(loss))
-        return stats
+        return stats.settled()
 
     @remote(Dispatch.SPLIT, Collect.CONCAT)
     async def reference(self, batch: ExampleBatch) -> list[Example]:
@@ -76,7 +91,8 @@ class FinetuneWorker(Worker):
 
         Adapters are also written as a PEFT folder, the run's `adapter/`.
         """
-        self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
+        if step < self.config.steps or self.config.checkpoint.at_end:
+            self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
         if step == self.config.steps:
             self.saver.wait()
         if self.config.training.lora.rank > 0:

@@ -18,10 +18,19 @@ from asystem.data.task import Row, load_task
 from asystem.errors import DataError, ModelError
 from asystem.generation import Engine, EngineRequest
 from asystem.models import Decoder
+from asystem.rollout import drawn_length
 from asystem.spmd import Collect, Dispatch, Worker, remote, store
-from asystem.state import Inbox, WeightPayload
+from asystem.state import Published
 from asystem.types import DecodeReport, FinishedRollout, Ref, RolloutRequest, SamplingParams, Trajectory
-from asystem.workers.build import build_model, build_tokenizer, pick_device, pick_dtype, pick_quantized, replica_part
+from asystem.workers.build import (
+    build_inbox,
+    build_model,
+    build_tokenizer,
+    pick_device,
+    pick_dtype,
+    pick_quantized,
+    replica_part,
+)
 
 PROBE_PROMPTS, PROBE_TOKENS = 4, 16
 
@@ -60,7 +69,7 @@ class GenerateWorker(Worker):
             max_length=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
             memory=memory,
         )
-        self._inbox = Inbox(model)
+        self._inbox = build_inbox(config, model, pick_device(config), self.rank)
 
     @remote(Dispatch.BROADCAST, Collect.FIRST)
     async def num_held_out(self) -> int:
@@ -72,7 +81,7 @@ class GenerateWorker(Worker):
         """Takes new requests and decodes a slice: at most `rollout.slice_steps` steps, or until the lease is spent."""
         started = time.perf_counter()
         self.begin_generation()
-        self.engine.submit([self._request(self.task.train, request, self.sampling) for request in requests])
+        self.engine.submit([self._request(self.task.train, one, self._sampling_of(one.rollout)) for one in requests])
         rollout = self.config.rollout
         decoded = self.engine.decode(max_tokens=lease, counts=rollout.budget_counts, max_steps=rollout.slice_steps)
         return DecodeReport(
@@ -104,7 +113,7 @@ class GenerateWorker(Worker):
 
     @remote(Dispatch.BROADCAST, Collect.FIRST)
     async def load_weights(
-        self, weights: Sequence[Ref[WeightPayload]], version: int, probe: bool = False
+        self, weights: Sequence[Ref[Published]], version: int, probe: bool = False
     ) -> Ref[list[Trajectory]] | None:
         """Swaps the weights, of which each rank of training has sent a part, in place; tokens sampled from now on carry
         ``version``.
@@ -131,10 +140,21 @@ class GenerateWorker(Worker):
         self.engine.resume()
         return finished
 
+    def _sampling_of(self, rollout: int) -> SamplingParams:
+        """How a rollout is sampled: as configured, but for a length that a study gives it."""
+        lengths, longest, seed = self.config.rollout.lengths, self.sampling.max_new_tokens, self.config.seed
+        if lengths.median is None:
+            return self.sampling
+        length = drawn_length(lengths.median, lengths.sigma, longest, seed=seed, rollout=rollout)
+        return replace(self.sampling, max_new_tokens=length, ignore_eos=True)
+
     def check_version(self, version: int) -> None:
         """Refuses weights older than those that are loaded."""
         if version < self.engine.version:
-            raise ModelError(f"weights of version {version} were published after version {self.engine.version}")
+            raise ModelError(
+                f"training published weights of version {version}, and generators rank {self.rank} has version "
+                f"{self.engine.version} already"
+            )
 
     def _request(self, rows: Sequence[Row], request: RolloutRequest, sampling: SamplingParams) -> EngineRequest:
         tokens = self.tokenizer.encode_prompt(rows[request.prompt]["prompt"])

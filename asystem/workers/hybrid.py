@@ -22,7 +22,7 @@ from asystem.data.batch import Batch
 from asystem.memory import GIB, AMem, MappedRegion, Moved, can_map
 from asystem.models import Decoder, decoding_copy, refresh_copy
 from asystem.spmd import Collect, Dispatch, remote
-from asystem.state import WeightPayload
+from asystem.state import Published
 from asystem.stats import Stats
 from asystem.training.states import local
 from asystem.types import Ref, Trajectory
@@ -112,14 +112,14 @@ class HybridWorker(TrainWorker, GenerateWorker):
         """Whether both runtimes have the same tensors, all of them."""
         return self.engine.model is self.trainer.model
 
-    @remote(Dispatch.BROADCAST, Collect.CONCAT)
-    async def export_weights(self) -> list[Ref[WeightPayload]]:
+    @remote(Dispatch.BROADCAST, Collect.GATHER)
+    async def export_weights(self) -> list[Ref[Published]]:
         """Nothing is sent: what a rank cannot share, `load_weights` brings."""
         return []
 
     @remote(Dispatch.BROADCAST, Collect.FIRST)
     async def load_weights(
-        self, weights: Sequence[Ref[WeightPayload]], version: int, probe: bool = False
+        self, weights: Sequence[Ref[Published]], version: int, probe: bool = False
     ) -> Ref[list[Trajectory]] | None:
         """Refreshes what is not shared; else publishing is the new version number alone."""
         self.check_version(version)

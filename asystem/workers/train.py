@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,12 +21,12 @@ from asystem.data.task import Row, load_task
 from asystem.errors import PublicationError
 from asystem.models import Decoder
 from asystem.spmd import Collect, Dispatch, Worker, remote, store
-from asystem.state import Outbox, WeightPayload
+from asystem.state import Published
 from asystem.stats import Stats, merge
 from asystem.tracking.rollouts import RolloutWriter
-from asystem.training import Saver, TrainEngine, describe_model, supervised_loss, with_token_advantages
+from asystem.training import Meter, Ranks, Saver, TrainEngine, describe_model, supervised_loss, with_token_advantages
 from asystem.types import Ref, Trajectory
-from asystem.workers.build import build_tokenizer, build_trained, pick_device, pick_dtype
+from asystem.workers.build import build_outbox, build_tokenizer, build_trained, pick_device, pick_dtype
 
 
 class TrainWorker(Worker):
@@ -35,12 +38,13 @@ class TrainWorker(Worker):
         self.config, self.run_dir = config, run_dir
 
     async def setup(self) -> None:
-        self.start_training(build_trained(self.config, pick_device(self.config)))
+        ranks = Ranks.of(self.config.training, self.world_size)
+        self.start_training(build_trained(self.config, pick_device(self.config), ranks.shard), ranks)
 
     def begin_training(self) -> None:
         """Called before whatever needs states or room for passes: a hybrid worker wakes them."""
 
-    def start_training(self, model: Decoder) -> None:
+    def start_training(self, model: Decoder, ranks: Ranks | None = None) -> None:
         """Builds the engine around a model, which a hybrid worker shares with generation."""
         config, device = self.config, pick_device(self.config)
         self.tokenizer = build_tokenizer(config, model.spec.vocab_size)
@@ -56,18 +60,22 @@ class TrainWorker(Worker):
             entropy_gradient=config.algorithm.entropy_coefficient != 0,
             value_head=config.algorithm.advantage == "gae",
             seed=config.seed,
+            ranks=ranks,
         )
+        training = config.training
+        self.meter = Meter(self.trainer.spec, device, frozen=training.lora.rank > 0, sharing=training.tensor_parallel)
         self.algorithm = choose(config.algorithm, config.recipe_dir)
         if config.training.warmup.steps == 0:
             self._start_rl()
-        describe = describe_model(model.spec, self.tokenizer, config.model, config.training.lora)
+        describe = describe_model(self.trainer.spec, self.tokenizer, config.model, config.training.lora)
         self.saver = Saver(self.trainer, config.checkpoint, describe)
         self.saver.check_space(self.run_dir)
         wire_dtype = pick_dtype(config.generation.dtype, device)
-        self._outbox = Outbox(self.trainer.model, wire_dtype, config.weights.verify_every)
-        self._warm_ups = 0
+        self._outbox = build_outbox(config, self.trainer.model, wire_dtype, device, self.rank)
+        self._warm_ups = self._steps = 0  # supervised; of the run
         self._columns: dict[int, tuple[list[float], list[int]]] = {}
-        self._writer = RolloutWriter(self.run_dir / "rollouts", self.rank) if config.tracking.rollouts else None
+        writes = config.tracking.rollouts and self.trainer.ranks.is_first
+        self._writer = RolloutWriter(self.run_dir / "rollouts", self.rank) if writes else None
 
     @remote(Dispatch.SPLIT, Collect.SUM)
     async def update(self, batch: Batch) -> Stats:
@@ -91,6 +99,7 @@ class TrainWorker(Worker):
         if self._writer is not None:
             records = [self._record(row, trajectories[row.rollout]) for row in batch.rows]
             self._writer.write(batch.version + 1, records)
+        self._steps = batch.version + 1
         return stats
 
     @remote(Dispatch.BROADCAST, Collect.SUM)
@@ -108,7 +117,8 @@ class TrainWorker(Worker):
             pairs = [self._demonstration(row) for row in rows]
             weight = 1.0 / sum(len(response) for _, response in pairs)
             samples = [Sample(prompt, response, weight) for prompt, response in pairs]
-            micro = pack(samples[self.rank :: self.world_size], self.config.training.micro_batch_tokens)
+            ranks = self.trainer.ranks
+            micro = pack(samples[ranks.data_rank :: ranks.data], self.config.training.micro_batch_tokens)
             stats = self.trainer.step(micro, supervised_loss)
             self._warm_ups += 1
         if self._warm_ups == warmup.steps:
@@ -124,11 +134,12 @@ class TrainWorker(Worker):
         if self.config.algorithm.kl_coefficient > 0:
             self.trainer.keep_reference()
 
-    @remote(Dispatch.BROADCAST, Collect.CONCAT)
-    async def export_weights(self) -> list[Ref[WeightPayload]]:
-        """Each rank's part of the present weights behind a reference, in the dtype that generation wants.
+    @remote(Dispatch.BROADCAST, Collect.GATHER)
+    async def export_weights(self) -> list[Ref[Published]]:
+        """Each rank's part of the present weights behind a reference, in the dtype that generation wants: written, or
+        with `weights.transport=nccl` announced, and sent by a thread as soon as generation is there to receive.
 
-        They must have been loaded before the next call.
+        They must have been loaded before the weights change, and before the next call.
         """
         return [store.put(self._outbox.write())]
 
@@ -140,7 +151,10 @@ class TrainWorker(Worker):
             PublicationError: it is more than `weights.probe_bound`.
         """
         self.begin_training()
-        samples = [Sample(t.prompt_tokens, t.tokens, 0.0, infer_logprobs=t.logprobs) for t in store.get(probe)]
+        samples = [
+            Sample(t.prompt_tokens, t.tokens, 0.0, infer_logprobs=t.logprobs, routing=self._replayed(t))
+            for t in store.get(probe)
+        ]
         micro = pack(samples, self.config.training.micro_batch_tokens)
         pairs = zip(self.trainer.logprobs(micro), micro, strict=True)
         gaps = torch.cat([(ours.cpu() - packed.infer_logprobs)[packed.label_rows].abs() for ours, packed in pairs])
@@ -154,42 +168,50 @@ class TrainWorker(Worker):
         return mean
 
     @remote(Dispatch.BROADCAST)
-    async def save(self, step: int, score: float | None) -> None:
-        """Begins a checkpoint of all training state and lets training go on; the last step's is complete on return.
+    async def save(self, step: int | None, score: float | None) -> int:
+        """Begins a checkpoint of all training state and lets training go on; the last one is complete on return.
 
         Args:
+            step: optimizer steps of the run so far; None = the run ends here, at however many there were.
             score: of these weights on held-out data, the higher the better; None = not measured.
 
         Adapters are also written as a PEFT folder, the run's `adapter/`.
+
+        Returns:
+            the step.
         """
         self.begin_training()
+        is_last = step is None or step == self.config.steps
+        step = self._steps if step is None else step
         if self._writer is not None:
             self._writer.flush()
-        self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
-        if step == self.config.steps:
+        if not is_last or self.config.checkpoint.at_end:
+            self.saver.save(self.run_dir / "checkpoints" / f"step-{step:06d}", score)
+        if is_last:
             self.saver.wait()
         if self.config.training.lora.rank > 0:
             self.trainer.save_adapter(self.run_dir / "adapter", self.config.model.path)
+        return step
 
     def _step(self, micro_batches: Sequence[PackedBatch]) -> Stats:
         def loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor, *values: Tensor) -> tuple[Tensor, Stats]:
-            if self._writer is not None:
-                self._keep(packed, logprobs.detach())
             total, stats = policy_loss(
                 logprobs,
                 infer_logprobs=packed.infer_logprobs,
                 advantages=packed.advantages,
                 token_weights=packed.token_weights,
-                mask=packed.mask,
+                rows=packed.label_rows,
                 sequence=packed.sequence,
                 algorithm=self.algorithm,
                 old_logprobs=packed.old_logprobs,
                 ref_logprobs=packed.ref_logprobs,
                 entropy=entropy,
             )
+            if self._writer is not None:
+                stats += Stats.later(partial(self._keep, packed, logprobs.detach()))
             return self._with_value_loss(total, stats, packed, *values)
 
-        return self.trainer.step(micro_batches, loss)
+        return self.meter.measure(micro_batches, lambda: self.trainer.step(micro_batches, loss))
 
     def _micro_batches(
         self, batch: Batch, rows: Sequence[BatchRow], trajectories: dict[int, Trajectory]
@@ -212,10 +234,15 @@ class TrainWorker(Worker):
                 trajectories[row.rollout].logprobs,
                 trajectories[row.rollout].versions,
                 row.rollout,
+                routing=self._replayed(trajectories[row.rollout]),
             )
             for row, weight in zip(rows, weights, strict=True)
         ]
         return pack(samples, self.config.training.micro_batch_tokens)
+
+    def _replayed(self, trajectory: Trajectory) -> npt.NDArray[np.uint8 | np.int16] | None:
+        """The experts to train it with; None = the model's own choice."""
+        return trajectory.routing if self.config.algorithm.routing_replay else None
 
     def _with_value_loss(
         self, loss: Tensor, stats: Stats, packed: PackedBatch, values: Tensor | None = None
@@ -227,7 +254,7 @@ class TrainWorker(Worker):
             old_values=packed.old_values,
             returns=packed.returns,
             token_weights=packed.token_weights,
-            mask=packed.mask,
+            rows=packed.label_rows,
             cfg=self.algorithm.cfg,
         )
         return loss + part, stats + more
@@ -248,7 +275,7 @@ class TrainWorker(Worker):
         reference = self.trainer.logprobs(micro_batches, reference=True)
         return [replace(packed, ref_logprobs=values) for packed, values in zip(micro_batches, reference, strict=True)]
 
-    def _keep(self, packed: PackedBatch, logprobs: Tensor) -> None:
+    def _keep(self, packed: PackedBatch, logprobs: Tensor) -> Stats:
         """Remembers each response's training log-probabilities and correction weights for `rollouts/`."""
         train = logprobs if packed.old_logprobs is None else packed.old_logprobs
         rows = packed.label_rows
@@ -261,6 +288,7 @@ class TrainWorker(Worker):
         columns = zip(torch.split(train[rows].cpu(), lengths), torch.split(kept, lengths), strict=True)
         for rollout, (values, mask) in zip(packed.rollouts, columns, strict=True):
             self._columns[rollout] = (values.tolist(), mask.tolist())
+        return Stats()
 
     def _demonstration(self, row: Row) -> tuple[list[int], list[int]]:
         return (

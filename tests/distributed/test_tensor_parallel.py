@@ -16,11 +16,15 @@ from asystem.config import Config, GenerationConfig, RuntimeKind
 from asystem.controller.run import spawn_groups
 from asystem.generation import Engine, EngineRequest
 from asystem.generation.runner import EagerRunner
-from asystem.models import Decoder, ModelSpec, Shard, init_weights
+from asystem.models import Decoder, ModelSpec, MoESpec, Shard, init_weights
 from asystem.spmd import Runtime, make_runtime, replicas, store
 from asystem.types import DecodeReport, FinishedRollout, RolloutRequest, SamplingParams, Trajectory
 
-SPEC = ModelSpec("qwen3", 61, 24, 40, 2, num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True)
+MOE = MoESpec(6, 2, 8, 8, (0,), score="sigmoid", groups=3, top_groups=2, has_bias=True)
+SPECS = [
+    ModelSpec("qwen3", 61, 24, 40, 2, num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True),
+    ModelSpec("bailing_moe_v2", 61, 24, 40, 2, 4, 2, 8, rotary_factor=0.5, qk_norm=True, moe=MOE),
+]
 TASK = """
 def train(): return [{"prompt": "ab", "answer": "x"}, {"prompt": "cde", "answer": "y"}, {"prompt": "f", "answer": ""}]
 def evaluation(): return [{"prompt": c, "answer": ""} for c in ("q", "rs", "tuv")]
@@ -29,9 +33,9 @@ def reward(row, response): return 0.0
 """
 
 
-def generate(part: Shard | None) -> list[Trajectory]:
+def generate(spec: ModelSpec, part: Shard | None) -> list[Trajectory]:
     """Groups of greedy, sampled and truncated rollouts, in a pool so small that some are preempted, cut into slices."""
-    model = Decoder(SPEC)
+    model = Decoder(spec)
     init_weights(model, 0, std=0.3)
     config = GenerationConfig(max_running=12, block_size=4, kv_tokens=96)
     engine = Engine(model if part is None else part.cut(model), config, stop_ids=[5], seed=1, max_length=40)
@@ -51,18 +55,19 @@ def _rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     meeting = dist.FileStore(str(folder / "store"), 2)
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    torch.save(generate(Shard(rank, 2)), folder / f"rank{rank}.pt")
+    torch.save([generate(spec, Shard(rank, 2)) for spec in SPECS], folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_ranks_draw_the_tokens_of_one(tmp_path: Path) -> None:
     mp.spawn(_rank, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2))
-    assert len({t.finish for t in first}) == 2, "some end with the stop token, some at their limit"
-    for one, other, alone in zip(first, second, generate(None), strict=True):
-        assert one.tokens.tolist() == other.tokens.tolist() == alone.tokens.tolist()
-        assert one.logprobs.tobytes() == other.logprobs.tobytes(), "the ranks' sums differ"
-        np.testing.assert_allclose(one.logprobs, alone.logprobs, atol=1e-5)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    for spec, first, second in zip(SPECS, *ranks, strict=True):
+        assert len({t.finish for t in first}) == 2, "some end with the stop token, some at their limit"
+        for one, other, alone in zip(first, second, generate(spec, None), strict=True):
+            assert one.tokens.tolist() == other.tokens.tolist() == alone.tokens.tolist()
+            assert one.logprobs.tobytes() == other.logprobs.tobytes(), "the ranks' sums differ"
+            np.testing.assert_allclose(one.logprobs, alone.logprobs, atol=1e-5)
 
 
 @pytest.fixture

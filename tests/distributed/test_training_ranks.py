@@ -50,8 +50,8 @@ def _model(kind: str) -> Decoder:
 
 
 def _engine(kind: str, world_size: int, *, value_head: bool = False, **changes: Any) -> TrainEngine:
-    rate = 0.02 if kind == "experts" else 0.0
-    changes = {"eps": 1e-3, "clip_norm": 0.5, "max_bad_steps": 3, "expert_bias_rate": rate} | changes
+    experts = {"expert_bias_rate": 0.02, "router_z_coefficient": 0.1} if kind == "experts" else {}
+    changes = {"eps": 1e-3, "clip_norm": 0.5, "max_bad_steps": 3} | experts | changes
     cfg = TrainingConfig(**({"lr": 1e-2} | changes))
     return TrainEngine(_model(kind), cfg, device="cpu", world_size=world_size, total_steps=10, value_head=value_head)
 
@@ -124,7 +124,7 @@ def _critic(rank: int | None) -> dict[str, Any]:
 
     def loss_fn(packed: PackedBatch, logprobs: Tensor, entropy: Tensor, values: Tensor) -> tuple[Tensor, Stats]:
         assert packed.old_values is not None and packed.returns is not None
-        common = {"token_weights": packed.token_weights, "mask": packed.mask, "cfg": cfg}
+        common = {"token_weights": packed.token_weights, "rows": packed.label_rows, "cfg": cfg}
         loss, stats = value_loss(values, old_values=packed.old_values, returns=packed.returns, **common)  # type: ignore[arg-type]
         return loss - (packed.token_weights * packed.advantages * logprobs).sum(), stats
 
@@ -135,6 +135,16 @@ def _critic(rank: int | None) -> dict[str, Any]:
         micro, stats = with_token_advantages(engine, pack([samples[row] for row in rows], budget=12), cfg)
         found.append(stats + engine.step(micro, loss_fn))
     return {"stats": found, "payload": Outbox(engine.model).write()}
+
+
+def _replayed(rank: int | None) -> dict[str, Any]:
+    """Experts that no router would choose."""
+    engine, rng = _engine("experts", 1 if rank is None else WORLD), np.random.default_rng(5)
+    samples = [replace(s, routing=rng.integers(0, 3, (s.length - 1, 1, 2)) * 2 + [0, 1]) for s in _samples()]
+    rows = ALL if rank is None else SHARES["uneven"][rank]
+    micro = pack([samples[row] for row in rows], budget=12)
+    stats = [engine.step(micro, supervised_loss) for _ in range(2)]
+    return {"stats": stats, "payload": Outbox(engine.model).write()}
 
 
 def _saved_beside_training(rank: int, folder: Path) -> dict[str, Any]:
@@ -158,6 +168,7 @@ def _rank(rank: int, folder: Path) -> None:
     results = {share: _scenario(rank, folder, share, kind) for share, kind in SCENARIOS}
     results["alone"] = _one_saved_and_two_load(rank, folder)
     results["critic"] = _critic(rank)
+    results["replayed"] = _replayed(rank)
     results["beside"] = _saved_beside_training(rank, folder)
     results["bad"] = _bad_gradient_on_rank_1(rank)
     torch.save(results, folder / f"rank{rank}.pt")
@@ -209,6 +220,19 @@ def test_values_and_advantages_of_two_ranks_are_those_of_one_process(folder: Pat
     Inbox(wanted).read([alone["payload"]])
     for name, p in found.named_parameters():
         torch.testing.assert_close(p, wanted.get_parameter(name), atol=1e-4, rtol=0, msg=name)
+
+
+def test_two_ranks_replay_experts_as_one_process_does(folder: Path) -> None:
+    ranks, alone = _results(folder, "replayed"), _replayed(None)
+    for step, expected in enumerate(alone["stats"]):
+        stats = merge(rank["stats"][step] for rank in ranks).to_dict()
+        assert stats == pytest.approx(expected.to_dict(), rel=1e-5, abs=1e-5)
+    assert stats["routing/replaced_fraction"] > 0.3
+    found, wanted = _model("experts"), _model("experts")
+    Inbox(found).read([rank["payload"] for rank in ranks])
+    Inbox(wanted).read([alone["payload"]])
+    for name, p in found.named_parameters():
+        torch.testing.assert_close(p, wanted.get_parameter(name), atol=1e-5, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize(("share", "kind"), SCENARIOS)

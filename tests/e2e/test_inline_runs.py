@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import Run, metrics
 
+from asystem.compose import read_config
+from asystem.controller.replay import replay
 from asystem.errors import RewardError
 from asystem.tracking import is_timing
 
@@ -36,6 +38,25 @@ def test_staleness_keeps_its_bound(run: Run, eta: int, sigma: int) -> None:
     rows = metrics(run_dir)[1:]
     assert max(row["rollout/staleness_max"] for row in rows) <= eta + sigma
     assert all(row["version"] == row["step"] for row in rows)
+
+
+def test_dynamic_sampling_waits_for_groups_with_signal_and_repeats(run: Run) -> None:
+    """Asynchronous, with a curriculum: what is asked depends on rewards, and a replay asks the same."""
+    dynamic = (
+        "algorithm=dapo",
+        "algorithm.dynamic_sampling=7",
+        "algorithm.dynamic_windows=3",
+        "data.curriculum=pass_rate",
+    )
+    bounds = ("rollout.max_staleness=2", "rollout.retention=2", "training.warmup.steps=60", "steps=8")
+    run_dir, _ = run(*dynamic, *bounds, "data.curriculum_visits=1")
+    rows = metrics(run_dir)[1:]
+    for row in rows:
+        signal = round(row["reward/groups_with_signal"] * row["rollout/groups"])
+        assert signal >= 7 or row["rollout/windows"] == 3
+        assert row["rollout/staleness_max"] <= 4
+    assert {row["rollout/windows"] for row in rows} > {1}
+    assert replay(read_config(run_dir / "config.yaml"), run_dir)[1:] == (9, [])
 
 
 def test_kv_of_carried_rollouts_is_kept_or_recomputed(run: Run) -> None:
@@ -96,8 +117,9 @@ def test_phases_that_sleep_change_nothing(run: Run) -> None:
 
 
 def test_several_updates_a_batch_clip_against_the_first_weights(run: Run) -> None:
-    run_dir, _ = run("training.minibatches=2", "steps=3")
+    run_dir, _ = run("training.minibatches=2", "steps=3", "checkpoint.at_end=false")
     rows = metrics(run_dir)[1:]
+    assert not (run_dir / "checkpoints").exists()
     assert any(row["train/clip_fraction"] > 0 for row in rows)
 
 
@@ -139,3 +161,16 @@ def test_a_reward_that_raises_is_masked_and_counted(recipe: Path, run: Run) -> N
         run("reward.max_error_share=0.0", "training.warmup.steps=2")
     latest = json.loads((recipe.parent.parent / "runs" / "larger" / "latest" / "summary.json").read_text())
     assert latest["status"] == "failed"
+
+
+def test_experts_of_older_weights_are_replayed(run: Run) -> None:
+    asynchronous = ("rollout=c3po", "rollout.token_budget=300", "rollout.max_staleness=1", "training.lr=1e-3")
+    experts = ("model=tiny_moe", "generation.return_routing=true", "training.balance_coefficient=0.01")
+    replayed, own = (
+        metrics(run(*asynchronous, *experts, f"algorithm.routing_replay={on}")[0])[1:] for on in ("true", "false")
+    )
+    assert 0 < max(row["routing/replaced_fraction"] for row in replayed) < 0.5
+    assert not any("routing/replaced_fraction" in row for row in own)
+    for row in (*replayed, *own):
+        assert row["train/expert_load_max"] > 1 and row["train/balance_loss"] > 0.9
+        assert row["train/mfu"] > 0 and row["train/tokens_per_second"] > 0

@@ -80,13 +80,16 @@ def summary(recipe: Path) -> dict[str, object]:
     return result
 
 
-def test_ray_gives_the_metrics_of_inline_in_lockstep(run: Run) -> None:
+def test_ray_gives_the_metrics_of_inline_in_lockstep_though_two_trainers_share_each_layer(run: Run) -> None:
     overrides = ("rollout=sync", "rollout.capacity=64", "training.warmup.steps=2", "steps=3")
-    inline, ray = metrics(run(*overrides)[0]), metrics(run(*overrides, "runtime=ray")[0])
-    for a, b in zip(inline, ray, strict=True):
+    inline_dir, _ = run(*overrides)
+    ray_dir, _ = run(*overrides, "runtime=ray", "training.ranks=2", "training.tensor_parallel=2")
+    for a, b in zip(metrics(inline_dir), metrics(ray_dir), strict=True):
         assert a.keys() == b.keys()
         for name in a:
             assert is_timing(name) or a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), name
+    one, two = (sorted(path.name for path in (each / "rollouts").iterdir()) for each in (inline_dir, ray_dir))
+    assert one == two, "ranks that have the same rows write them once"
 
 
 def test_an_asynchronous_run_overlaps_repeats_and_leaves_nothing_behind(

@@ -95,7 +95,7 @@ def test_losses_and_their_gradients(surrogate: str, seed: int) -> None:
     ours = new[MASK].clone().requires_grad_()
     found, _ = policy_loss(
         ours, infer_logprobs=old[MASK], advantages=given[SEQUENCE], token_weights=torch.tensor(weights)[SEQUENCE],
-        mask=torch.ones(len(SEQUENCE), dtype=torch.bool), sequence=SEQUENCE, algorithm=choose(cfg, "."),
+        rows=torch.arange(len(SEQUENCE)), sequence=SEQUENCE, algorithm=choose(cfg, "."),
         old_logprobs=old[MASK],
     )  # fmt: skip
     found.backward()  # type: ignore[no-untyped-call]
@@ -118,7 +118,7 @@ def test_token_advantages_and_the_value_loss(gamma: float, gae_lambda: float) ->
     wanted, clipped = verl.compute_value_loss(new, returns, old, MASK.float(), cliprange_value=0.2)
     loss, stats = value_loss(
         new[MASK], old_values=old[MASK], returns=found_returns, token_weights=torch.full((26,), 1 / 26),
-        mask=torch.ones(26, dtype=torch.bool), cfg=cfg,
+        rows=torch.arange(26), cfg=cfg,
     )  # fmt: skip
     torch.testing.assert_close(loss, wanted, atol=1e-6, rtol=1e-6)
     assert stats.to_dict()["value/clip_fraction"] == pytest.approx(float(clipped)) != 0

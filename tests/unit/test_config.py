@@ -32,6 +32,12 @@ def test_each_recipe_composes(recipe: str) -> None:
     assert Path(config.recipe_dir, "config.yaml").is_file()
 
 
+def test_a_recipe_may_lie_in_the_folder_of_another() -> None:
+    config = load_config(["recipe=icepop_moe/sft"])
+    assert (config.recipe, config.data.task) == ("sft", "../task.py")
+    assert Path(config.recipe_dir, "../task.py").resolve() == shipped("recipes").resolve() / "icepop_moe" / "task.py"
+
+
 @pytest.mark.parametrize("options", TOGETHER)
 def test_each_option_composes(options: tuple[str | None, ...]) -> None:
     """Those of different groups at once, for composing takes a fifth of a second."""
@@ -114,6 +120,15 @@ def test_a_key_that_a_recipe_misspells_is_named(tmp_path: Path) -> None:
         load_config([f"recipe={tmp_path}"])
 
 
+STREAMED = [
+    "recipe=quickstart",
+    "device=auto",
+    "training.offload_parameters=true",
+    "training.offload_optimizer=true",
+    "training.recompute=full",
+]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -179,6 +194,11 @@ def changed(config: Config, override: str) -> Config:
         ("algorithm.gamma=0", "algorithm.gamma=0 must lie in (0, 1]"),
         ("algorithm.gae_lambda=1.1", "algorithm.gae_lambda=1.1 must lie between 0 and 1"),
         ("algorithm.value_clip=0", "algorithm.value_clip=0 must be above 0, or null"),
+        ("algorithm.dynamic_sampling=8", "which algorithm.drop_equal_groups=false trains all the same: set it to true"),
+        ("algorithm.group_filter=mixed", 'algorithm.group_filter="mixed" is no function of the recipe'),
+        ("algorithm.dynamic_windows=0", "algorithm.dynamic_windows=0 is below 1"),
+        ("data.curriculum=pass_rat", 'data.curriculum="pass_rat" is unknown (did you mean "pass_rate"?)'),
+        ("rollout.lengths.median=0", "rollout.lengths.median=0 must be above 0, or null"),
         ("algorithm.kl_coefficient=-1", "algorithm.kl_coefficient=-1 is below 0"),
         ("algorithm.icepop_alpha=6", "IcePop's band [6, 5] needs"),
         ("rollout.top_p=0", "rollout.top_p=0 must lie in (0, 1]"),
@@ -187,7 +207,6 @@ def changed(config: Config, override: str) -> Config:
         ("training.lr=0", "training.lr=0 must be above 0"),
         ("rollout.max_new_tokens=2000", "raise token_budget to 5334 or retention to 6"),
         ("generation.dtype=float8", 'generation.dtype="float8": choose auto, float32, bfloat16, int8 or fp8'),
-        ("generation.dtype=fp8", "generation.dtype=fp8 needs a GPU, and device=cpu: use int8"),
         ("generation.head_dtype=bfloat16", 'generation.head_dtype="bfloat16": choose auto or float32'),
         ("training.dtype=int8", 'training.dtype="int8": choose auto, float32 or bfloat16'),
         ("training.betas=[0.9]", "training.betas=[0.9] must be two numbers in [0, 1)"),
@@ -204,12 +223,16 @@ def changed(config: Config, override: str) -> Config:
         ("generation.kv_tokens=21", "generation.kv_tokens=21 does not hold one sequence"),
         ("generation.memory_fraction=1.5", "generation.memory_fraction=1.5 must lie in (0, 1]"),
         ("training.offload_optimizer=true", "where device=cpu has them already"),
+        ("algorithm.routing_replay=true", "which it does not bring along: set generation.return_routing=true"),
+        ("training.head_dtype=bfloat16", 'training.head_dtype="bfloat16": choose auto or float32'),
+        ("training.balance_coefficient=-1", "training.balance_coefficient=-1 is below 0"),
         ("training.expert_bias_rate=-1", "training.expert_bias_rate=-1 is below 0"),
         ("training.lora.rank=-1", "training.lora.rank=-1 is below 0"),
         ("training.lora.base=int8", "training.lora.base=int8 keeps matrices that do not train"),
         ("training.lora.base=int4", 'training.lora.base="int4": choose auto, int8 or nf4'),
         ("training.lora.dropout=1", "training.lora.dropout=1 must lie in [0, 1)"),
         ("training.lora.adapter=a/b", "training.lora.adapter=a/b needs adapters to train: set training.lora.rank"),
+        ("weights.bucket_bytes=1", "weights.bucket_bytes=1 is below 4096"),
         ("reward.max_error_share=2", "reward.max_error_share=2 must lie between 0 and 1"),
     ],
 )
@@ -275,6 +298,37 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
             ["recipe=quickstart", "device=auto", "training.ranks=2", "training.offload_optimizer=true"],
             "training.ranks=2 share the states already",
         ),
+        (["recipe=quickstart", "device=cpu", "training.offload_parameters=true"], "and device=cpu has them already"),
+        ([*STREAMED, "training.ranks=2", "training.offload_optimizer=false"], "training.ranks=2 share the weights"),
+        ([*STREAMED, "training.offload_optimizer=false"], "set training.offload_optimizer=true"),
+        ([*STREAMED, "training.recompute=none"], "set training.recompute to selective or full"),
+        ([*STREAMED, "placement=hybrid"], "no weights on the GPU that generation could share: use placement=split"),
+        (
+            ["recipe=quickstart", "training.ranks=4", "training.tensor_parallel=2", "training.expert_parallel=4"],
+            "training.ranks=4 is no multiple of training.tensor_parallel=2 x training.expert_parallel=4; use 8",
+        ),
+        (
+            [
+                *("recipe=quickstart", "placement=hybrid", "training.ranks=2", "generation.ranks=2"),
+                "training.tensor_parallel=2",
+            ],
+            "ranks have parts of the layers alone: use placement=split",
+        ),
+        (
+            ["recipe=quickstart", "training.ranks=2", "training.tensor_parallel=2", "training.lora.rank=2"],
+            "training.tensor_parallel=2 cuts matrices over ranks, and adapters",
+        ),
+        (
+            ["recipe=quickstart", "training.ranks=2", "training.tensor_parallel=2", "training.optimizer=adamw8bit"],
+            "training.tensor_parallel=2 cuts rows through the blocks that training.optimizer=adamw8bit scales",
+        ),
+        (
+            [
+                *("recipe=quickstart", "training.ranks=2", "training.tensor_parallel=2", "training.dtype=bfloat16"),
+                "training.master=bfloat16_stochastic",
+            ],
+            "needs norms that stay equal on the ranks that share them",
+        ),
         (
             ["recipe=quickstart", "generation.ranks=3", "generation.tensor_parallel=2"],
             "the ranks of one replica; use 4",
@@ -284,6 +338,9 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
             "generation.tensor_parallel=2 needs a process for each rank: use runtime=ray",
         ),
         (["recipe=quickstart", "placement=hybrid", "generation.ranks=2"], "use placement=split"),
+        (["recipe=quickstart", "placement=hybrid", "weights.transport=ipc"], "has one copy of them: use auto"),
+        (["recipe=quickstart", "device=cpu", "weights.transport=ipc"], "device=cpu: use shared_memory"),
+        (["recipe=quickstart", "runtime=inline", "weights.transport=nccl"], "needs a process for each rank: use"),
         (
             ["recipe=quickstart", "training.expert_bias_rate=0.01", "training.lora.rank=2"],
             "moves weights that training.lora.rank=2 freezes: set one of them to 0",
@@ -307,6 +364,15 @@ def test_fine_tuning_does_not_look_at_rollouts(quickstart: Config) -> None:
             "takes its baseline from a value head, which algorithm.value_coefficient=0 does not train",
         ),
         (["recipe=quickstart", "algorithm=ppo", "algorithm.drop_equal_groups=true"], "tell a value head as much"),
+        (
+            ["recipe=quickstart", "algorithm=dapo", "algorithm.dynamic_sampling=129"],
+            "129 groups are more than algorithm.dynamic_windows=4 windows of rollout.capacity=256 rollouts have: lower "
+            "it to 128",
+        ),
+        (
+            ["recipe=quickstart", "algorithm.kl_estimator=k1"],
+            "algorithm.kl_estimator=k1 measures a distance that algorithm.kl_coefficient=0",
+        ),
         (["recipe=quickstart", "algorithm.anchor=behavior"], "would count it twice; use correction=none"),
         (
             ["recipe=quickstart", "algorithm.surrogate=reinforce", "training.minibatches=2"],

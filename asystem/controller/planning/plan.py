@@ -83,6 +83,12 @@ def make_plan(
     choices = [c for c in _choices(config, machine, work, pinned) if only in (None, c.placement)]
     found = [_candidate(estimator, choice, work) for choice in choices]
     fitting = [candidate for candidate in found if candidate.fits]
+    if not found:
+        raise CapacityError(
+            f"{machine.devices} device(s) are too few for training.tensor_parallel={config.training.tensor_parallel} x "
+            f"training.expert_parallel={config.training.expert_parallel} ranks of training and generation."
+            f"tensor_parallel={config.generation.tensor_parallel} beside them: lower one of them"
+        )
     if not fitting:
         raise CapacityError(_nothing_fits(config, spec, machine, work, estimator, found, pinned))
     best = min(fitting, key=lambda candidate: candidate.cost)
@@ -108,11 +114,12 @@ def _layouts(config: Config, machine: Machine) -> Iterator[tuple[PlacementKind, 
     inline, parallel = config.runtime.kind is RuntimeKind.inline, config.generation.tensor_parallel
     alone = inline or config.training.lora.base != "auto" or config.training.offload_optimizer
     devices = 1 if inline else machine.devices
-    if parallel == 1 and config.generation.dtype not in ("int8", "fp8"):
+    cut = config.training.tensor_parallel * config.training.expert_parallel  # the ranks of one trained model
+    if parallel == cut == 1 and config.generation.dtype not in ("int8", "fp8"):
         yield PlacementKind.hybrid, 1 if alone else devices, 1 if alone else devices
-    if devices == 1 and parallel == 1:
+    if devices == parallel == cut == 1:
         yield PlacementKind.split, 1, 1
-    for trainers in range(1, 2 if alone else devices):
+    for trainers in range(cut, 2 if alone else devices, cut):
         if devices > trainers and (devices - trainers) % parallel == 0:
             yield PlacementKind.split, trainers, devices - trainers
 

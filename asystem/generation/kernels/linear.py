@@ -32,8 +32,8 @@ def _skinny_kernel(
         second = tl.load(weight + n.to(tl.int64) * k + place, mask=mask, other=0.0)
     # No kernel of the step writes weights: they are on their way before the input is there.
     if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()  # what follows reads weights first, too
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     source = batch[:, None] * k + column[None, :]
     source_mask = (column < k)[None, :]
     value = tl.load(x + source, mask=source_mask, other=0.0).to(tl.float32)

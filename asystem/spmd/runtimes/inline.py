@@ -54,6 +54,7 @@ class InlineRuntime:
     """Starts ranks as local objects. They all compute on one device and own nothing."""
 
     num_gpus = 0.0
+    one_host = True
 
     def __init__(self, config: RuntimeConfig, on_call: OnCall | None = None) -> None:
         self.config, self.on_call = config, on_call

@@ -26,8 +26,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from asystem.config import PlacementConfig, RuntimeConfig
 from asystem.spmd import store
-from asystem.spmd.buffer import Buffer, SharedBuffer
-from asystem.spmd.host import Failure, GroupSpec, Host, Reply, Whereabouts
+from asystem.spmd.host import ADDRESS_VARIABLE, Failure, GroupSpec, Host, Reply, Whereabouts
 from asystem.spmd.process_group import open_rendezvous
 from asystem.spmd.runtime import OnCall
 from asystem.spmd.runtimes.cluster import (
@@ -43,14 +42,7 @@ _RAY_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines by which Ray mar
 
 
 class SharedMemory:
-    """Ray's object store: one copy a node, read in place.
-
-    Args:
-        one_host: buffers need no store, since all processes can map them.
-    """
-
-    def __init__(self, one_host: bool = False) -> None:
-        self._one_host = one_host
+    """Ray's object store: one copy a node, read in place."""
 
     def put(self, value: Any) -> Any:
         return ray.put(value)
@@ -58,9 +50,6 @@ class SharedMemory:
     def get_many(self, handles: Sequence[Any]) -> list[Any]:
         values: list[Any] = ray.get(list(handles))
         return values
-
-    def allocate(self, nbytes: int) -> Buffer:
-        return SharedBuffer(nbytes) if self._one_host else Buffer(nbytes)
 
 
 class RankActor:
@@ -70,9 +59,7 @@ class RankActor:
         path, folder: the controller's import path and working folder: a rank imports and reads what the controller can.
     """
 
-    def __init__(
-        self, rank: int, ranks: int, threads: int, owns_gpu: bool, one_host: bool, path: list[str], folder: str
-    ) -> None:
+    def __init__(self, rank: int, ranks: int, threads: int, owns_gpu: bool, path: list[str], folder: str) -> None:
         sys.path += [entry for entry in path if entry not in sys.path]
         if os.path.isdir(folder):
             os.chdir(folder)
@@ -80,8 +67,9 @@ class RankActor:
         # Before torch is imported, which unpickling the worker's type will do. A rank that owns a GPU sees no other.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0" if owns_gpu else str(rank))
         os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+        os.environ[ADDRESS_VARIABLE] = get_node_ip_address()
         faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
-        store.use(SharedMemory(one_host))
+        store.use(SharedMemory())
         self.loop = asyncio.new_event_loop()
 
     def where(self) -> Whereabouts:
@@ -202,6 +190,7 @@ class RayRuntime:
             self._connect()
             end_on_sigterm()
         self.num_gpus: float = ray.cluster_resources().get("GPU", 0.0)
+        self.one_host = len(_nodes()) == 1
         self._previous_store = store.use(SharedMemory())
 
     def start_group(self, spec: GroupSpec) -> list[RayRank]:
@@ -211,12 +200,11 @@ class RayRuntime:
         group = placement_group([dict(bundle) for _ in range(spec.ranks)], strategy="PACK")
         self._placement_groups.append(group)
         actor_type, path = ray.remote(RankActor), [os.path.abspath(entry) for entry in sys.path]
-        one_host = self.config.shared_memory and hasattr(os, "memfd_create") and len(_nodes()) == 1
         ranks = []
         for rank in range(spec.ranks):
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             options = {"num_cpus": spec.cpus, "num_gpus": gpus, "scheduling_strategy": where, "max_restarts": 0}
-            facts = rank, spec.ranks, spec.threads, gpus > 0, one_host, path, os.getcwd()
+            facts = rank, spec.ranks, spec.threads, gpus > 0, path, os.getcwd()
             actor = actor_type.options(**options).remote(*facts)
             ranks.append((actor, RayRank(actor)))
         address = ranks[0][0].open_rendezvous.remote() if spec.collective else None

@@ -56,7 +56,7 @@ def _loss(
         infer_logprobs=torch.tensor(infer),
         advantages=torch.tensor(advantages if advantages is not None else [1.0] * len(train)),
         token_weights=torch.tensor(weights),
-        mask=torch.tensor(mask if mask is not None else [True] * len(train)),
+        rows=torch.tensor(mask if mask is not None else [True] * len(train)).nonzero().squeeze(1),
         sequence=torch.tensor(sequence or [0] * len(train), dtype=torch.int32),
         algorithm=choose(cfg, "."),
         old_logprobs=None if old is None else torch.tensor(old),
@@ -201,7 +201,7 @@ def test_a_recipe_brings_its_own_function(tmp_path: Path) -> None:
     logprobs = torch.tensor([-1.0, -1.0], requires_grad=True)
     loss, stats = policy_loss(
         logprobs, infer_logprobs=torch.tensor([-1.0, -1.0]), advantages=torch.ones(2), token_weights=torch.ones(2),
-        mask=torch.tensor([True, True]), sequence=torch.zeros(2, dtype=torch.int32), algorithm=algorithm,
+        rows=torch.arange(2), sequence=torch.zeros(2, dtype=torch.int32), algorithm=algorithm,
     )  # fmt: skip
     assert float(loss.detach()) == -1.0 and stats.to_dict()["correction/masked_fraction"] == 0.0
     with pytest.raises(ConfigError, match=r'has no function hlaf \(did you mean "half"\?\)'):

@@ -36,7 +36,7 @@ def test_the_value_loss_is_that_of_the_worse_of_both() -> None:
         old_values=torch.tensor([0.0, 0.0, 0.5, 0.0, 0.5]),
         returns=torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0]),
         token_weights=torch.tensor([1.0, 0.5, 0.25, 1.0, 0.0]),
-        mask=torch.tensor([False, True, True, True, True]),
+        rows=torch.arange(1, 5),
         cfg=AlgorithmConfig(value_coefficient=0.1, value_clip=0.2),
     )
     # Within the clip: 0.9² = 0.81. Towards the return beyond it: 0.7 counts, 0.3² = 0.09, without a gradient.
@@ -55,7 +55,7 @@ def test_without_a_clip_it_is_the_squared_error() -> None:
         old_values=torch.tensor([0.0]),
         returns=torch.tensor([1.0]),
         token_weights=torch.tensor([1.0]),
-        mask=torch.tensor([True]),
+        rows=torch.arange(1),
         cfg=AlgorithmConfig(value_coefficient=1.0, value_clip=None),
     )
     assert float(loss) == pytest.approx(2.0)

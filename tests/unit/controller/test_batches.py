@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
 from asystem.config import Config
-from asystem.controller.batches import accuracy, build_batch, rollout_metrics
+from asystem.controller.batches import accuracy, build_batch, kept_groups, mean_rewards, rollout_metrics
 from asystem.errors import RewardError
 from asystem.rollout import Group, Window
 from asystem.types import Finish, FinishedRollout, Ref, Score
@@ -82,6 +83,31 @@ def test_groups_of_equal_rewards_may_be_left_out() -> None:
     assert (metrics["reward/mean"], metrics["reward/groups_with_signal"], metrics["rollout/groups"]) == (0.75, 0.5, 2)
     known[0] = Score(0, 0.0)  # no group tells anything: a step without gradient, rather than none
     assert len(build_batch(config, window, known, version=4).rows) == 4
+
+
+def test_groups_with_signal_and_what_prompts_scored() -> None:
+    config = Config()
+    config.algorithm.drop_equal_groups, config.reward.max_error_share = True, 1.0
+    window = Window(0, [group(0, [4, 6]), group(1, [5, 5]), group(2, [3, 3])], [], carried=0)
+    known = {0: Score(0, 1.0), 1: Score(1, 0.0), 10: Score(10, 1.0), 11: Score(11, 1.0)}
+    known |= {20: Score(20, 1.0), 21: Score(21, 0.0, "broken")}
+    assert kept_groups(config, window.groups, known) == 1
+    assert kept_groups(config, window.groups[1:], known) == 0
+    batch = build_batch(config, window, known, version=4)
+    assert {row.group for row in batch.rows} == {0}
+    assert sorted(mean_rewards(batch)) == [(0, 0.5), (1, 1.0), (2, 1.0)]
+
+
+def test_a_recipe_may_filter_groups_by_a_function_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "task.py").write_text("def hard(rewards, lengths): return sum(rewards) < 2 and max(lengths) > 4")
+    config = Config(recipe_dir=str(tmp_path))
+    config.algorithm.group_filter = "task.py:hard"
+    window = Window(0, [group(0, [4, 6]), group(1, [5, 5]), group(2, [3, 3])], [], carried=0)
+    known = {0: Score(0, 0.0), 1: Score(1, 0.0), 10: Score(10, 1.0), 11: Score(11, 1.0), 20: Score(20, 1.0)}
+    known[21] = Score(21, 0.0)
+    assert kept_groups(config, window.groups, known) == 1
+    batch = build_batch(config, window, known, version=4)
+    assert ({row.group for row in batch.rows}, {row.group for row in batch.dropped}) == ({0}, {1, 2})
 
 
 def test_long_responses_are_punished_before_they_are_compared() -> None:

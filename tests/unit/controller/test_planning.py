@@ -83,6 +83,15 @@ def test_two_cards_overlap_when_generation_may_run_ahead() -> None:
     assert 0 < lockstep.best.seconds["publication"] < split[0].seconds["publication"], "half is gathered over NVLink"
 
 
+def test_a_trained_model_that_is_cut_gets_whole_groups_of_ranks() -> None:
+    cut = w1("qwen3_0_6b", "training.ranks=2", "training.tensor_parallel=2")
+    found = plan(cut, 4, 79)
+    layouts = {found.best.choice.layout, *(candidate.choice.layout for _, _, candidate in found.others)}
+    assert layouts == {"split 2 + 2"}, "3 + 1 and 1 + 3 have half a group, hybrid ranks whole models"
+    with pytest.raises(CapacityError, match=r"2 device\(s\) are too few for training.tensor_parallel=2 x"):
+        plan(cut, 2, 79)
+
+
 def test_what_does_not_fit_is_said_with_numbers_and_a_remedy_that_was_tried() -> None:
     with pytest.raises(CapacityError) as raised:
         plan(w1("qwen3_8b", "model.tokenizer=bytes"), 1, 24)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,24 @@ import torch.multiprocessing as mp
 
 from asystem.config import GenerationConfig
 from asystem.generation import Engine, EngineRequest
-from asystem.models import Decoder, ModelSpec, Shard, init_weights
+from asystem.models import Decoder, ModelSpec, MoESpec, Shard, init_weights
 from asystem.types import SamplingParams, Trajectory
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
-SPEC = ModelSpec("qwen3", 5003, 96, 160, 3, num_heads=8, num_kv_heads=2, head_dim=32, qk_norm=True)
-CASES = [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)]
+DENSE = ModelSpec("qwen3", 5003, 96, 160, 3, num_heads=8, num_kv_heads=2, head_dim=32, qk_norm=True)
+EXPERTS = replace(DENSE, family="qwen3_moe", moe=MoESpec(8, 2, 64))
+CASES = [
+    (DENSE, torch.float32, True),
+    (DENSE, torch.float32, False),
+    (DENSE, torch.bfloat16, True),
+    (EXPERTS, torch.float32, True),
+    (EXPERTS, torch.bfloat16, True),
+]
 
 
-def generate(part: Shard | None, dtype: torch.dtype, graphs: bool) -> list[Trajectory]:
-    model = Decoder(SPEC)
+def generate(part: Shard | None, spec: ModelSpec, dtype: torch.dtype, graphs: bool) -> list[Trajectory]:
+    model = Decoder(spec)
     init_weights(model, seed=0, std=0.1)
     model = (model if part is None else part.cut(model)).to("cuda", dtype)
     engine = Engine(model, GenerationConfig(max_running=32, graphs=graphs), stop_ids=[5], seed=1, max_length=128)
@@ -53,6 +61,6 @@ def test_two_gpus_draw_the_tokens_of_one(tmp_path: Path) -> None:
         for one, other, alone in zip(first, second, generate(None, *case), strict=True):
             assert one.tokens.tolist() == other.tokens.tolist(), case
             assert one.logprobs.tobytes() == other.logprobs.tobytes(), case
-            if case[0] == torch.float32:
+            if case[1] == torch.float32:
                 assert one.tokens.tolist() == alone.tokens.tolist(), case
                 np.testing.assert_allclose(one.logprobs, alone.logprobs, atol=1e-4)

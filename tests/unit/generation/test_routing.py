@@ -132,5 +132,10 @@ def test_a_dense_model_has_none_to_return() -> None:
     config = Config(model=ModelConfig(), generation=GenerationConfig(return_routing=True))
     with pytest.raises(ConfigError, match="return_routing=true needs a model with experts; qwen3 has none"):
         check_model(config)
+    config.algorithm.routing_replay = True
+    with pytest.raises(ConfigError, match="routing_replay=true needs a model with experts; qwen3 has none"):
+        check_model(config)
+    with pytest.raises(ConfigError, match=r"training\.balance_coefficient=0\.01 needs a model with experts"):
+        check_model(Config(training=TrainingConfig(balance_coefficient=0.01)))
     with pytest.raises(ConfigError, match=r"expert_bias_rate=0\.1 needs experts with biases"):
         check_model(Config(training=TrainingConfig(expert_bias_rate=0.1)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asystem.models import PackedAttention
-from asystem.models.attention import _by_length
+from asystem.models.attention import EQUAL, LONG, _by_length, _runs
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
@@ -63,3 +63,13 @@ def test_buckets_waste_little_on_padding() -> None:
     squares = sum(len(bucket) * max(end - begin for begin, end in bucket) ** 2 for bucket in buckets)
     assert squares <= 1.8 * sum(length**2 for length in lengths)
     assert len(_by_length([(i * 20, i * 20 + 20 - i % 9) for i in range(64)])) == 1  # short ones share one call
+
+
+def test_runs_of_sequences_that_go_to_one_kernel_together() -> None:
+    lengths = [300, 40, LONG, LONG, 7, *[20] * EQUAL, 20 + LONG, 3, 3]
+    starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    found = [(run.first, run.last, run.is_dense) for run in _runs(starts)]
+    assert found == [(0, 2, False), (2, 4, True), (4, 5, False), (5, 13, True), (13, 14, True), (14, 16, False)]
+    assert [run.start for run in _runs(starts)] == [starts[first] for first, _, _ in found]
+    assert _runs(starts)[-1].stop == sum(lengths)
+    assert _runs([0]) == []

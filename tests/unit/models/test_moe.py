@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asystem.config import ExpertsConfig, LoraConfig, ModelConfig
-from asystem.errors import ConfigError, ModelError
+from asystem.errors import ModelError
 from asystem.models import (
     Decoder,
     ModelSpec,
     MoESpec,
     add_lora,
-    check_parallel,
     init_weights,
     spec_from_config,
     spec_from_hf,
@@ -145,10 +144,3 @@ def test_adapters_stand_beside_attention_and_shared_experts_alone() -> None:
     assert adapted == {*ours, "layers.1.attn.qkv_proj", "layers.1.mlp.shared.gate_up_proj"}
     with pytest.raises(ModelError, match='names "gate", which'):
         add_lora(Decoder(model.spec), LoraConfig(rank=2, targets=["gate"]))
-
-
-def test_ranks_cannot_share_it() -> None:
-    spec = ModelSpec("qwen3_moe", 11, 16, 24, 1, 4, 2, 4, qk_norm=True, moe=MoESpec(4, 2, 8))
-    check_parallel(spec, 1)
-    with pytest.raises(ConfigError, match=r"tensor_parallel=2: models with experts \(qwen3_moe\)"):
-        check_parallel(spec, 2)

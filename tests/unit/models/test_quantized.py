@@ -11,6 +11,7 @@ import torch
 from asystem.models import (
     Decoder,
     ModelSpec,
+    MoESpec,
     PackedAttention,
     QuantizedLinear,
     Shard,
@@ -19,15 +20,21 @@ from asystem.models import (
     quantize,
     save_model,
 )
-from asystem.models.quantized import quantize_rows
+from asystem.models.moe import MoE
+from asystem.models.quantized import QuantizedExperts, quantize_rows
 from asystem.state import Inbox, Outbox
 
 SPEC = ModelSpec("qwen2", 53, 64, 96, 2, num_heads=4, num_kv_heads=2, head_dim=16, qkv_bias=True)
 KINDS = [torch.int8, torch.float8_e4m3fn]
 
 
-def random_model(seed: int = 0) -> Decoder:
-    model = Decoder(SPEC)
+EXPERTS = ModelSpec(
+    "qwen3_moe", 53, 64, 96, 2, num_heads=4, num_kv_heads=2, head_dim=16, qk_norm=True, moe=MoESpec(6, 2, 48)
+)
+
+
+def random_model(seed: int = 0, spec: ModelSpec = SPEC) -> Decoder:
+    model = Decoder(spec)
     init_weights(model, seed, std=0.15)
     return model
 
@@ -72,30 +79,53 @@ def test_log_probabilities_stay_near_those_of_the_full_model(kind: torch.dtype, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_folders_and_published_weights_give_the_same_numbers_in_place(kind: torch.dtype, tmp_path: Path) -> None:
-    source, target = random_model(1), quantize(random_model(2), kind)
+def test_experts_compute_what_their_widened_matrices_do(kind: torch.dtype) -> None:
+    full = random_model(spec=EXPERTS)
+    kept = quantize(copy.deepcopy(full), kind)
+    x = torch.randn(30, 64, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        for layer, coarse in zip(full.layers, kept.layers, strict=True):
+            assert isinstance(layer.mlp, MoE) and isinstance(coarse.mlp, MoE)
+            experts = coarse.mlp.experts
+            assert isinstance(experts, QuantizedExperts) and experts.gate_up.dtype is experts.down.dtype is kind
+            for name in ("gate_up", "down"):
+                exact = layer.mlp.experts.get_parameter(name)
+                scale = experts.get_parameter(f"{name}_channel_scale")[..., None]
+                widened = experts.get_parameter(name).float() * scale
+                assert 0 < (exact - widened).norm() / exact.norm() < (0.01 if kind is torch.int8 else 0.04)
+                exact.copy_(widened)
+            torch.testing.assert_close(coarse.mlp(x), layer.mlp(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [SPEC, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_folders_and_published_weights_give_the_same_numbers_in_place(
+    kind: torch.dtype, spec: ModelSpec, tmp_path: Path
+) -> None:
+    source, target = random_model(1, spec), quantize(random_model(2, spec), kind)
     want = quantize(copy.deepcopy(source), kind)
     places = {name: p.data_ptr() for name, p in target.named_parameters()}
     payload = Outbox(source).write()
     Inbox(target).read([payload])
-    save_model(source, SPEC, tmp_path)
+    save_model(source, spec, tmp_path)
     loaded = load_model(tmp_path, quantized=kind)
     for name, p in want.named_parameters():
         assert torch.equal(target.get_parameter(name).float(), p.float()), name
         assert torch.equal(loaded.get_parameter(name).float(), p.float()), name
     assert {name: p.data_ptr() for name, p in target.named_parameters()} == places
     quantized = [m for m in want.modules() if isinstance(m, QuantizedLinear)]
-    assert len(quantized) == 8 and {m.weight.dtype for m in quantized} == {kind}
+    assert len(quantized) == (8 if spec is SPEC else 4) and {m.weight.dtype for m in quantized} == {kind}
     assert want.embed.weight.dtype is torch.float32
 
 
-def test_a_rank_quantises_its_part(tmp_path: Path) -> None:
-    source = random_model(1)
-    save_model(source, SPEC, tmp_path)
+@pytest.mark.parametrize("spec", [SPEC, EXPERTS], ids=["dense", "experts"])
+def test_a_rank_quantises_its_part(spec: ModelSpec, tmp_path: Path) -> None:
+    source = random_model(1, spec)
+    save_model(source, spec, tmp_path)
     payload = Outbox(source).write()
     for rank in range(2):
         want = quantize(Shard(rank, 2).cut(source), torch.int8)
-        sent = quantize(Shard(rank, 2).cut(random_model(2)), torch.int8)
+        sent = quantize(Shard(rank, 2).cut(random_model(2, spec)), torch.int8)
         Inbox(sent).read([payload])
         loaded = load_model(tmp_path, part=Shard(rank, 2), quantized=torch.int8)
         for name, p in want.named_parameters():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asystem.rollout import Group, Pool, PromptOrder, TokenBudget
+from asystem.rollout import Group, Pool, PromptOrder, TokenBudget, Window
 from asystem.types import Finish, FinishedRollout, Ref, RolloutRequest
 
 
@@ -159,6 +159,31 @@ def finished(request: RolloutRequest) -> FinishedRollout:
     return FinishedRollout(request.rollout, request.group, request.prompt, 1, 5, 0, 0, Finish.STOP, Ref(None), 0)
 
 
+class LongTail:
+    """One replica whose responses have log-normal lengths; it counts its decode steps."""
+
+    def __init__(self, pool: Pool, longest: int) -> None:
+        self.pool, self.longest, self.lengths = pool, longest, random.Random(0)
+        self.running: dict[int, tuple[RolloutRequest, int]] = {}
+        self.steps = 0
+
+    def window(self, tokens: int) -> Window:
+        """One window of so many new tokens."""
+        spent = 0
+        while spent < tokens:
+            for request in self.pool.ask(0):
+                length = min(self.longest, round(self.lengths.lognormvariate(3.5, 1.0)) + 1)
+                self.running[request.rollout] = (request, self.steps + length)
+            self.steps += 1
+            spent += len(self.running)
+            ended = [rollout for rollout, (_, end) in self.running.items() if end == self.steps]
+            self.pool.finish([finished(self.running.pop(rollout)[0]) for rollout in ended])
+        closed = self.pool.close_window()
+        for rollout in closed.to_drop().get(0, []):
+            del self.running[rollout]
+        return closed
+
+
 class Timed:
     """A controller's drives over replicas of unequal speed, by a clock of its own.
 
@@ -251,15 +276,31 @@ def test_late_finishers_of_a_purged_group_are_ignored() -> None:
     assert pool.num_in_flight == [0]
 
 
-def test_a_starving_prompt_is_asked_alone() -> None:
-    pool = Pool(PromptOrder(10, seed=0, shuffle=False), group_size=1, capacity=4, retention=0)
-    for _ in range(2):
-        pool.ask(0)
-        pool.close_window()
-    assert [request.prompt for request in pool.ask(0)] == [0]
-    assert pool.ask(0) == []
-    pool.finish([finished(RolloutRequest(8, 8, 0))])
-    assert [request.prompt for request in pool.ask(0)] == [1]
+def test_each_purge_of_a_prompt_halves_what_is_asked_beside_it() -> None:
+    pool = Pool(PromptOrder(99, seed=0, shuffle=False), group_size=1, capacity=8, retention=0)
+    seen = []
+    for _ in range(5):
+        asked = pool.ask(0)
+        seen.append([request.prompt for request in asked])
+        pool.finish(map(finished, asked[1:]))  # prompt 0 never finishes in time
+        assert len(pool.close_window().groups) == len(asked) - 1
+    assert seen == [list(range(8)), [0, 8, 9, 10], [0, 11], [0], [0]]
+    assert (pool.limit, len(pool.ask(0)), pool.limit) == (8, 1, 1)
+    (group,) = pool.in_flight.values()
+    pool.finish([finished(RolloutRequest(group.rollouts[0], group.id, 0))])
+    assert [request.prompt for request in pool.ask(0)] == list(range(12, 20)), "it is through: Ω is whole again"
+
+
+def test_a_retention_too_short_for_the_lengths_costs_little_time() -> None:
+    """σ = 1 where a window is shorter than half of the groups: decode steps for the same tokens, against σ = 50."""
+    steps, trained = {}, {}
+    for retention in (1, 50):
+        pool = Pool(PromptOrder(1000, seed=0), group_size=8, capacity=128, retention=retention)
+        toy = LongTail(pool, longest=512)
+        trained[retention] = sum(len(toy.window(8_000).groups) for _ in range(40))
+        steps[retention] = toy.steps
+    assert steps[1] < 4 * steps[50]  # 8 times where a prompt is asked alone after its second purge
+    assert trained[1] > 0.75 * trained[50]
 
 
 @pytest.mark.parametrize(("spent", "expected"), [(10, 30), (52, 16), (100, 0), (105, 0)])

@@ -52,7 +52,7 @@ def test_a_buffer_that_is_gone_is_refused_even_if_its_number_lives_on() -> None:
     handle, number = pickle.dumps(buffer), buffer._file
     array = buffer.array
     del buffer
-    with pytest.raises(ConfigError, match=r"set runtime\.shared_memory=false"):
+    with pytest.raises(ConfigError, match=r"set weights\.transport=store"):
         pickle.loads(handle)
     other = os.memfd_create("other")
     os.dup2(other, number)
@@ -69,3 +69,12 @@ def test_a_buffer_that_is_gone_is_refused_even_if_its_number_lives_on() -> None:
 
 def test_no_bytes_are_a_buffer_too() -> None:
     assert pickle.loads(pickle.dumps(SharedBuffer(0))).nbytes == 0
+
+
+def test_a_map_is_kept_where_the_buffer_will_come_again() -> None:
+    for lasting in (True, False):
+        buffer = SharedBuffer(8, lasting=lasting)
+        one, other = (pickle.loads(pickle.dumps(buffer)) for _ in range(2))
+        assert (one is other) == lasting == one.lasting == buffer.lasting
+        buffer.array[:] = 5
+        assert other.array.tolist() == [5] * 8

@@ -30,6 +30,10 @@ class Counter(Worker):
     async def scale(self, values: list[int], factor: int = 10) -> list[int]:
         return [value * factor + self.rank for value in values]
 
+    @remote(Dispatch.SPLIT, Collect.GATHER)
+    async def parts(self, values: list[int]) -> list[tuple[int, int]]:
+        return [(self.rank, value) for value in values]
+
     @remote(Dispatch.ROUTE)
     async def whoami(self, seconds: float = 0.0) -> int:
         await asyncio.sleep(seconds)
@@ -81,6 +85,7 @@ def test_the_ranks_of_a_replica_get_equal_calls_and_the_first_answers(runtime: R
     async def calls() -> None:
         assert await group.scale([1, 2, 3]) == [10, 20, 32]  # cut over two replicas: ranks 0 and 2 answer
         assert await group.weigh(1) == {"weight": 100 + 110}
+        assert await group.parts([7, 8]) == [(0, 7), (1, 7), (2, 8), (3, 8)]  # of every rank
         assert await asyncio.gather(*(group.whoami(0.02) for _ in range(3))) == [0, 2, 0]
         first, second = replicas(group)
         assert [await first.whoami(), await second.whoami()] == [0, 2]

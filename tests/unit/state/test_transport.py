@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from asystem.config import LoraConfig, Transport
 from asystem.errors import ModelError, PublicationError
-from asystem.models import Decoder, ModelSpec, Shard, init_weights, quantize
+from asystem.models import Box, Decoder, ModelSpec, MoESpec, Shard, add_lora, init_weights, merge, quantize
 from asystem.spmd import Buffer
 from asystem.state import Inbox, Outbox, WeightPayload
+from asystem.state.checksum import checksum
+from asystem.state.payload import lay_out
 
 
 def _model(seed: int = 0, **changes: Any) -> Decoder:
@@ -88,7 +91,9 @@ def test_what_does_not_fit_is_refused_with_both_sides_named_and_nothing_changed(
     first = replace(payload.places[0], shape=(22, 16))
     with pytest.raises(ModelError, match=r"embed\.weight was sent as \(22, 16\), the receiving model's is \(23, 16\)"):
         Inbox(untied).read([replace(payload, places=(first, *payload.places[1:]))])
-    with pytest.raises(ModelError, match=r"embed\.weight ends at byte 1472, but the buffer sent has 100"):
+    with pytest.raises(
+        ModelError, match=r"embed\.weight ends at byte 1472, but the buffer that rank 0 of training sent has 100"
+    ):
         Inbox(untied).read([replace(payload, buffer=Buffer(100))])
     unknown = replace(payload.places[0], dtype="float33")
     with pytest.raises(ModelError, match='unknown dtype "float33"'):
@@ -115,7 +120,7 @@ def test_a_bit_that_changed_on_the_way_is_found_and_named(target: str) -> None:
 def test_a_layer_left_out_and_two_that_changed_places_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     payload, inbox = _sent(_model(1)), Inbox(_model(2))
     inbox.read([payload])
-    moves = inbox._moves
+    moves, inbox._views = inbox._moves, ((), [])
     one, two = "layers.0.attn.o_proj.weight", "layers.1.attn.o_proj.weight"
     inbox._moves = moves | {one: moves[two], two: moves[one]}
     with pytest.raises(PublicationError, match=r"o_proj\.weight is not what was sent"):
@@ -124,7 +129,7 @@ def test_a_layer_left_out_and_two_that_changed_places_are_found(monkeypatch: pyt
     inbox = Inbox(model)
     inbox.read([payload])
     init_weights(model, 3)
-    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: self)
+    monkeypatch.setattr("asystem.state.inbox._copy", lambda pairs: None)
     with pytest.raises(PublicationError, match=r"embed\.weight is not what was sent: it was written wrongly"):
         inbox.read([payload])
 
@@ -133,3 +138,96 @@ def test_checksums_come_with_the_first_of_so_many_publications() -> None:
     outbox = Outbox(_model(), verify_every=3)
     assert [bool(outbox.write().checksums) for _ in range(7)] == [True, False, False, True, False, False, True]
     assert not Outbox(_model(), verify_every=0).write().checksums
+
+
+def _shards(payload: WeightPayload) -> list[WeightPayload]:
+    """What two ranks of training would have sent: the first dimension cut in halves."""
+    found = []
+    for rank in range(2):
+        blocks = []
+        for place, block in zip(payload.places, payload.blocks(), strict=True):
+            low, high = (len(block) * rank // 2, len(block) * (rank + 1) // 2)
+            box = Box((low, *place.box.start[1:]), (high, *place.box.stop[1:]))
+            blocks.append((place.name, place.shape, box, block[low:high]))
+        places = lay_out([(name, shape, box, block.dtype) for name, shape, box, block in blocks])
+        buffer = Buffer(places[-1].end)
+        for place, (_, _, _, block) in zip(places, blocks, strict=True):
+            place.of(buffer.flat()).copy_(block)
+        sums = tuple(checksum(block, box, shape) for _, shape, box, block in blocks)
+        found.append(WeightPayload(places, buffer, sums, rank))
+    return found
+
+
+def test_a_corrupted_shard_is_named_with_the_rank_that_sent_it() -> None:
+    target = _model(2)
+    inbox, shards = Inbox(target), _shards(_sent(_model(1)))
+    inbox.read(shards)
+    assert all(torch.equal(p, _model(1).get_parameter(name)) for name, p in target.named_parameters())
+    place = next(place for place in shards[1].places if place.name == "layers.0.attn.qkv_proj.weight")
+    shards[1].buffer.flat()[place.end - 3] ^= 1
+    with pytest.raises(PublicationError, match=r"layers\.0\.attn\.qkv_proj\.weight changed on its way from rank 1"):
+        inbox.read(shards)
+
+
+def test_two_experts_that_changed_places_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModelSpec("qwen3_moe", 23, 16, 24, 2, 4, 2, 4, qk_norm=True, moe=MoESpec(6, 2, 8))
+    source, target = Decoder(spec), Decoder(spec)
+    init_weights(source, 1)
+    inbox = Inbox(target)
+    inbox.read([_sent(source)])
+    name = next(name for name, p in target.named_parameters() if p.ndim == 3)
+    experts = target.get_parameter(name)
+
+    def swapping(pairs: Any) -> None:
+        for into, block in pairs:
+            into.copy_(block[[0, 4, 2, 3, 1, 5]] if into.data_ptr() == experts.data_ptr() else block)
+
+    monkeypatch.setattr("asystem.state.inbox._copy", swapping)
+    with pytest.raises(
+        PublicationError, match=name.replace(".", r"\.") + " is not what was sent: it was written wrong"
+    ):
+        inbox.read([_sent(source)])
+
+
+def test_under_adapters_what_is_frozen_is_sent_and_verified_once() -> None:
+    source, target = _model(1), _model(2)
+    add_lora(source, LoraConfig(rank=2, targets=["q_proj", "down_proj"]), seed=0)
+    outbox, inbox = Outbox(source, transport=Transport.shared_memory), Inbox(target)
+    adapted = [f"layers.{i}.{leaf}.weight" for i in (0, 1) for leaf in ("attn.qkv_proj", "mlp.down_proj")]
+    first = outbox.write()
+    assert first.frozen is not None and {place.name for place in first.places} == set(adapted)
+    assert {p.name for part in first.parts() for p in part.places} == {name for name, _ in target.named_parameters()}
+    assert all(len(part.checksums) == len(part.places) for part in first.parts())
+    handed = pickle.dumps(first)
+    frozen = first.frozen.num_bytes
+    del first
+    inbox.read([pickle.loads(handed)])  # the sender has kept what it handed over
+    for _ in range(2):
+        with torch.no_grad():
+            source.get_parameter("layers.1.mlp.down_proj.lora_B").normal_()
+        later = outbox.write()
+        assert later.num_bytes == 4 * sum(target.get_parameter(name).numel() for name in adapted)
+        assert later.num_bytes + frozen >= 4 * sum(p.numel() for p in target.parameters()) > later.num_bytes
+        inbox.read([later])
+        assert all(torch.equal(target.get_parameter(name), tensor) for name, tensor in merge(source).items())
+    with pytest.raises(ModelError, match=r"receiving model has embed\.weight, for which no weights were sent"):
+        Inbox(_model(2)).read([later])  # it has missed the first
+
+
+def test_a_second_publication_copies_through_the_views_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = _model(1), _model(2)
+    outbox, inbox = Outbox(source, transport=Transport.shared_memory), Inbox(target)
+    inbox.read([outbox.write()])
+    views = inbox._views[1]
+    assert len(views) == len(list(target.parameters()))
+    with torch.no_grad():
+        source.embed.weight.mul_(2)
+    inbox.read([pickle.loads(pickle.dumps(outbox.write()))])
+    assert torch.equal(target.embed.weight, source.embed.weight)
+    mapped, again = inbox._views[1], pickle.loads(pickle.dumps(outbox.write()))
+    assert mapped is not views, "this process had the buffer itself, another has a map of it"
+    inbox.read([again])
+    assert inbox._views[1] is mapped
+    target.embed.weight.data = torch.zeros_like(target.embed.weight)  # as a memory that was put to sleep comes back
+    inbox.read([again])
+    assert torch.equal(target.embed.weight, source.embed.weight)

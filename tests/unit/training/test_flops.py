@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,7 +11,8 @@ from training_helpers import make_model, make_samples
 
 from asystem.data.packing import pack_one
 from asystem.models import ModelSpec
-from asystem.training.flops import train_flops
+from asystem.stats import Stats, merge
+from asystem.training.flops import Meter, product_rate, train_flops
 from asystem.training.policy import Policy
 
 
@@ -36,3 +39,21 @@ def test_a_hand_worked_count() -> None:
     expected = 6 * weights * 3 + 6 * 40 * 2 + 12 * 4 * 6
     assert train_flops(spec, [packed]) == expected
     assert torch.equal(packed.cu_seqlens, torch.tensor([0, 3], dtype=torch.int32))
+
+
+def test_utilisation_adds_up_over_ranks_and_steps() -> None:
+    spec = ModelSpec("llama", 10, 4, 8, 1, 2, 1, 2)
+    small, large = ([pack_one(make_samples([n]))] for n in (2, 9))
+    meter, parts, spent = Meter(spec, torch.device("cpu"), frozen=True, sharing=2), [], 0.0
+    for micro, seconds in ((small, 0.02), (large, 0.05), ([], 0.03)):
+        started = time.perf_counter()
+        parts.append(meter.measure(micro, lambda seconds=seconds: (time.sleep(seconds), Stats())[1]))  # type: ignore[misc]
+        spent += time.perf_counter() - started
+    needed = train_flops(spec, small, frozen=True) + train_flops(spec, large, frozen=True)
+    assert merge(parts).to_dict()["train/mfu"] == pytest.approx(needed / 2 / spent / meter.rate, rel=0.05)
+
+
+def test_the_rate_of_products_is_measured_once() -> None:
+    rate = product_rate(torch.device("cpu"))
+    assert 1e8 < rate < 1e14
+    assert product_rate(torch.device("cpu")) == rate

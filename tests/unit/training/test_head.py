@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from asystem.generation.runner import head_logits
+from asystem.models import Decoder, ModelSpec
 from asystem.training import head
 from asystem.training.head import chunk_rows, token_logprobs
 
@@ -48,6 +50,33 @@ def test_values_and_gradients_are_those_of_plain_torch(
     found = _results(token_logprobs, 7, temperature, with_entropy=with_entropy, chunk_elements=chunk_elements)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_elements", [10**6, 3 * V])
+def test_a_float32_head_rounds_no_logit(chunk_elements: int) -> None:
+    weight, hidden, labels = ((x.detach() * 3).bfloat16() if x.is_floating_point() else x for x in _inputs(50))
+    found = {}
+    for exact in (True, False):
+        inputs = weight.clone().requires_grad_(), hidden.clone().requires_grad_()
+        options: dict[str, Any] = {"exact": exact, "entropy_gradient": True, "chunk_elements": chunk_elements}
+        logprobs, entropy = token_logprobs(*inputs, labels, 0.7, **options)
+        (logprobs.sum() - 2 * entropy.sum()).backward()  # type: ignore[no-untyped-call]
+        found[exact] = logprobs.detach(), entropy.detach(), *(x.grad for x in inputs)
+    doubles = weight.double().requires_grad_(), hidden.double().requires_grad_()
+    logprobs, entropy = _plain(*doubles, labels, 0.7)
+    (logprobs.sum() - 2 * entropy.sum()).backward()  # type: ignore[no-untyped-call]
+    for part, want in enumerate((logprobs, entropy)):
+        errors = {exact: (results[part] - want).abs().max().item() for exact, results in found.items()}
+        assert errors[True] < 1e-4 and errors[False] > 1e-2
+    for part, exact_input in zip((2, 3), doubles, strict=True):
+        gradient = found[True][part]
+        assert gradient is not None and exact_input.grad is not None and gradient.dtype is torch.bfloat16
+        assert (gradient - exact_input.grad).norm() < 5e-3 * exact_input.grad.norm()
+    model = Decoder(ModelSpec("llama", V, D, 8, 1, 2, 1, 2))  # generation's own float32 head
+    assert model.head is not None
+    model.head.weight = torch.nn.Parameter(weight, requires_grad=False)
+    logp = (head_logits(model, hidden, exact=True) / 0.7).log_softmax(-1)
+    torch.testing.assert_close(logp.gather(1, labels[:, None]).squeeze(1), found[True][0], atol=1e-5, rtol=1e-6)
 
 
 def test_the_entropy_has_a_gradient_only_where_asked_for() -> None:

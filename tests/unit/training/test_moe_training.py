@@ -41,7 +41,7 @@ def make_engine(recompute: Recompute = Recompute.none, rate: float = 0.0, **opti
 def rl_loss(packed: PackedBatch, logprobs: torch.Tensor, entropy: torch.Tensor) -> tuple[torch.Tensor, Stats]:
     return policy_loss(
         logprobs, infer_logprobs=packed.infer_logprobs, advantages=packed.advantages,
-        token_weights=packed.token_weights, mask=packed.mask, sequence=packed.sequence,
+        token_weights=packed.token_weights, rows=packed.label_rows, sequence=packed.sequence,
         algorithm=choose(AlgorithmConfig(icepop_alpha=0.01, icepop_beta=100.0), "."), entropy=entropy,
     )  # fmt: skip
 

@@ -76,8 +76,10 @@ def test_a_run_whose_checkpoints_do_not_fit_is_refused_before_it_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make_engine()
-    size = sum(t.numel() * 4 for t in engine.state()[0].values())
+    size = sum(held.num_bytes for held in engine.state()[0].values())
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 3 * size - 1}))
     Saver(engine, CheckpointConfig(every=0, keep_last=2)).check_space(tmp_path)  # one, at the end
     with pytest.raises(CapacityError, match=r"3 checkpoint\(s\) of"):  # two are kept while a third is written
         Saver(engine, CheckpointConfig(every=5, keep_last=2)).check_space(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 0}))
+    Saver(engine, CheckpointConfig(at_end=False)).check_space(tmp_path)  # none is written

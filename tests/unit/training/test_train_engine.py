@@ -30,7 +30,7 @@ def _rl_loss(packed: PackedBatch, logprobs: Tensor, entropy: Tensor) -> tuple[Te
         infer_logprobs=packed.infer_logprobs,
         advantages=packed.advantages,
         token_weights=packed.token_weights,
-        mask=packed.mask,
+        rows=packed.label_rows,
         sequence=packed.sequence,
         algorithm=choose(AlgorithmConfig(icepop_alpha=0.01, icepop_beta=100.0), "."),
         entropy=entropy,
@@ -216,6 +216,19 @@ def test_the_reference_stays_where_it_was_kept() -> None:
     torch.testing.assert_close(engine.logprobs(micro, reference=True)[0], before, atol=1e-6, rtol=0)
     assert not torch.equal(engine.logprobs(micro)[0], before)
     assert not any(p.requires_grad for p in engine.reference.parameters())  # type: ignore[union-attr]
+
+
+def test_a_float32_head_is_the_policy_s_and_the_reference_s() -> None:
+    micro = pack(make_samples([4, 1, 9]), 30)
+    exact, rounded = (make_engine(dtype=torch.bfloat16, head_dtype=head) for head in ("float32", "auto"))
+    exact.keep_reference()
+    (found,), (reference,), (other,) = (
+        exact.logprobs(micro),
+        exact.logprobs(micro, reference=True),
+        rounded.logprobs(micro),
+    )
+    assert torch.equal(found, reference)
+    assert 1e-4 < (found - other).abs().max() < 0.05
 
 
 def test_the_entropy_has_a_gradient_where_it_is_asked_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -145,6 +146,19 @@ def test_the_plan_of_a_model_of_0_6_billion() -> None:
     assert plan.activations == 16_384 * (28 * token + 3 * 2 * 1024)
     assert plan.head == 2 * 768 * 151_936 + 2 * 151_936 * 1024
     assert plan.total == plan.held + plan.gradients + plan.activations + plan.head
+    exact = train_memory(SHAPE, TrainingConfig(micro_batch_tokens=16_384, head_dtype="float32"), dtype=HALF)
+    assert exact.head - plan.head == 4 * 768 * 151_936
+
+
+def test_streamed_blocks_leave_two_of_them_on_the_device() -> None:
+    cfg = TrainingConfig(offload_optimizer=True, offload_parameters=True, recompute=Recompute.full)
+    plan, root = train_memory(SHAPE, cfg, dtype=HALF), 151_936 * 1024 + 1024
+    block = (SHAPE.num_parameters - root) // 28
+    assert plan.held == 2 * root
+    assert plan.gradients == 4 * root + 2 * 151_936 * 1024
+    places = 3 * (2**24 // 1024 * 1024) * (12 + 4 + 2)  # master and moments, gradient, weight; of the embedding's rows
+    assert plan.gathered == places + 2 * 2 * block + 2 * 2 * block + 8 * 6144 * 1024
+    assert train_memory(SHAPE, replace(cfg, offload_parameters=False), dtype=HALF).held == 2 * SHAPE.num_parameters
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def critic(packed: PackedBatch, logprobs: Tensor, entropy: Tensor, values: Tenso
         old_values=packed.old_values,
         returns=packed.returns,
         token_weights=packed.token_weights,
-        mask=packed.mask,
+        rows=packed.label_rows,
         cfg=CFG,
     )
 

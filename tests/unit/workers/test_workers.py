@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from asystem.config import Config
+from asystem.config import Config, ExpertsConfig
 from asystem.data.batch import Batch, BatchRow
-from asystem.errors import ConfigError, DataError, ModelError, PublicationError
+from asystem.errors import DataError, ModelError, PublicationError
 from asystem.models import QuantizedLinear, merge
+from asystem.rollout import drawn_length
 from asystem.spmd import store
 from asystem.types import FinishedRollout, Ref, RolloutRequest
 from asystem.workers import GenerateWorker, HybridWorker, RewardWorker, TrainWorker
@@ -72,6 +73,16 @@ def test_a_slice_ends_after_its_steps_and_describes_what_finished(config: Config
     assert len(trajectory.tokens) == finished[0].length <= 6
 
 
+def test_a_study_gives_rollouts_their_lengths(config: Config) -> None:
+    config.rollout.lengths.median, config.rollout.max_new_tokens = 4.0, 6
+    worker = GenerateWorker(config)
+    ready(worker)
+    finished = decode(worker, [RolloutRequest(i, i, 0) for i in range(20)])
+    expected = [drawn_length(4.0, 1.0, 6, seed=0, rollout=i) for i in range(20)]
+    assert [rollout.length for rollout in finished] == expected
+    assert len(set(expected)) > 3
+
+
 def test_evaluation_leaves_rollouts_in_flight_alone(config: Config) -> None:
     plain, disturbed = GenerateWorker(config), GenerateWorker(config)
     requests = [RolloutRequest(i, 0, 0) for i in range(4)]
@@ -104,7 +115,7 @@ def test_weights_travel_and_versions_do_not_go_back(config: Config, tmp_path: Pa
     for name, parameter in generator.engine.model.named_parameters():
         assert torch.equal(parameter, trainer.trainer.model.get_parameter(name)), name
     assert asyncio.run(generator.decode([], None)).version == 3
-    with pytest.raises(ModelError, match="version 2 were published after version 3"):
+    with pytest.raises(ModelError, match="published weights of version 2, and generators rank 0 has version 3 already"):
         asyncio.run(generator.load_weights(asyncio.run(trainer.export_weights()), 2))
 
 
@@ -144,8 +155,9 @@ def test_8_bit_weights_are_quantised_at_the_start_and_when_weights_come(config: 
     assert torch.equal(linear.weight, want.weight) and not torch.equal(linear.weight, before)
     assert len(decode(generator, [RolloutRequest(i, 0, 0) for i in range(4)])) == 4
     config.generation.dtype = "fp8"
-    with pytest.raises(ConfigError, match="fp8 needs a GPU, and this is the CPU: use int8"):
-        ready(GenerateWorker(config))
+    ready(coarser := GenerateWorker(config))
+    linear = coarser.engine.model.get_submodule("layers.0.mlp.down_proj")
+    assert isinstance(linear, QuantizedLinear) and linear.weight.dtype is torch.float8_e4m3fn
 
 
 def test_hybrid_shares_storage_and_sees_each_update(config: Config, tmp_path: Path) -> None:
@@ -160,6 +172,29 @@ def test_hybrid_shares_storage_and_sees_each_update(config: Config, tmp_path: Pa
     assert not torch.equal(worker.engine.model.embed.weight, old)
     assert stats["mismatch/logprob_diff_max"] < 1e-4
     assert stats["train/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_training_replays_the_experts_that_generation_chose(config: Config, tmp_path: Path, updates: int) -> None:
+    config.model.family, config.model.experts = "bailing_moe_v2", ExpertsConfig(8, 2, 16, groups=2)
+    config.generation.return_routing = config.algorithm.routing_replay = True
+    config.training.minibatches = updates  # more than one take log-probabilities from before the first, replayed too
+    worker = HybridWorker(config, tmp_path)
+    ready(worker)
+    requests = [RolloutRequest(i, i, i % 2) for i in range(4)]
+    batch = batch_of(decode(worker, requests))
+    with torch.no_grad():  # the trainer's routers now choose otherwise, and weigh as before
+        worker.trainer.model.get_parameter("layers.0.mlp.router.bias").copy_(torch.linspace(-1, 1, 8))
+    assert asyncio.run(worker.check_probe(batch.rows[0].ref)) < 1e-4
+    stats = asyncio.run(worker.update(batch)).to_dict()
+    assert stats["mismatch/logprob_diff_max"] < 1e-4
+    assert 0.3 < stats["routing/replaced_fraction"] <= 1
+    assert stats["train/expert_load_max"] > 1
+    config.algorithm.routing_replay = False
+    with torch.no_grad():
+        worker.trainer.model.get_parameter("layers.0.mlp.router.bias").copy_(torch.linspace(-1, 1, 8))
+    stats = asyncio.run(worker.update(batch)).to_dict()
+    assert "routing/replaced_fraction" not in stats and stats["mismatch/logprob_diff_max"] > 1e-3
 
 
 def test_what_a_hybrid_worker_samples_after_an_update_carries_the_new_version(config: Config, tmp_path: Path) -> None:
@@ -242,3 +277,13 @@ def test_a_process_that_shards_and_compiles_nothing_does_not_wait_for_those_impo
     program = f"import sys, asystem.controller.run, asystem.workers; print(sorted({slow} & set(sys.modules)))"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert ended.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("coefficient", "is_kept"), [(0.0, False), (0.1, True)])
+def test_a_reference_is_loaded_only_where_the_loss_measures_to_it(
+    config: Config, tmp_path: Path, coefficient: float, is_kept: bool
+) -> None:
+    config.algorithm.kl_coefficient, config.training.warmup.steps = coefficient, 0
+    worker = TrainWorker(config, tmp_path)
+    ready(worker)
+    assert (worker.trainer.reference is not None) == is_kept

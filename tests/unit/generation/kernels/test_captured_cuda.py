@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 from asystem.config import GenerationConfig
 from asystem.generation import Engine, EngineRequest
-from asystem.generation.captured import CapturedRunner, find_crowds
+from asystem.generation.captured import CapturedRunner
+from asystem.generation.crowds import find_crowds
 from asystem.models import Decoder, ModelSpec, PackedAttention, init_weights
 from asystem.types import Finish, SamplingParams, Trajectory
 

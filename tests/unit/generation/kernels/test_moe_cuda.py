@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from asystem.config import GenerationConfig
 from asystem.generation import Engine, EngineRequest
 from asystem.generation.captured import CapturedRunner
-from asystem.models import Decoder, ModelSpec, MoESpec, PackedAttention, init_weights
+from asystem.models import Decoder, ModelSpec, MoESpec, PackedAttention, init_weights, quantize
 from asystem.models.moe import MoE, Router, record_routing
 from asystem.types import SamplingParams, Trajectory
 
@@ -65,9 +65,9 @@ def test_grouped_products_and_gradients(tokens: int) -> None:
         assert (found.cpu().float() - want).norm() < 3e-2 * want.norm(), name
 
 
-@pytest.mark.parametrize("kind", SPECS)
-def test_captured_steps_agree_with_a_full_forward(kind: str) -> None:
-    model = make_model(kind)
+@pytest.mark.parametrize(("kind", "bits"), [*((kind, None) for kind in SPECS), ("ling", torch.int8)])
+def test_captured_steps_agree_with_a_full_forward(kind: str, bits: torch.dtype | None) -> None:
+    model = make_model(kind) if bits is None else quantize(make_model(kind), bits)
     engine, finished = generate(model)
     assert isinstance(engine.runner, CapturedRunner) and len(finished) == 20
     routers, agreed = [module for module in model.modules() if isinstance(module, Router)], []

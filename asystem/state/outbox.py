@@ -1,0 +1,106 @@
+"""AState through buffers, the sending side: every rank of training writes what it holds; those that need it read.
+
+Nothing is gathered: a rank's part of the weights is written into a buffer of its own, and copied from there into the
+parameters of each replica. A tied head is the embedding and goes once. Under adapters, what they leave frozen goes with
+the first publication alone.
+
+One buffer is enough for publication after publication: the controller awaits `load_weights` of all readers before it
+asks for the next export, so nothing is overwritten that somebody still reads. Generation decodes while it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from asystem.config import Transport
+from asystem.errors import CapacityError
+from asystem.models import PlainWeight, plain_weights
+from asystem.spmd import Buffer, DeviceBuffer, SharedBuffer
+from asystem.state.checksum import lazy_checksum, settled
+from asystem.state.payload import WeightPayload, lay_out
+
+
+class Outbox:
+    """A rank's buffer, in which each publication replaces the one before; it must have been read by then.
+
+    Args:
+        model: its parameters; a rank of several has its part of each.
+        dtype: on the wire; None = as the parameters are.
+        verify_every: publications of which the first brings checksums; 0 = none does.
+        transport: whose memory the buffer is; auto = this process's, for readers in it.
+        rank: of training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        verify_every: int = 1,
+        transport: Transport = Transport.auto,
+        rank: int = 0,
+    ) -> None:
+        self.model, self.dtype, self.verify_every = model, dtype, verify_every
+        self.transport, self.rank = transport, rank
+        self._changing: _Part | None = None
+        self._once: WeightPayload | None = None
+        self._published = 0
+
+    @torch.no_grad()
+    def write(self) -> WeightPayload:
+        """Copies what this rank holds, adapters merged into the matrices that they stand beside: with adapters, whose
+        shards are gathered, all ranks call it in step."""
+        weights = plain_weights(self.model)
+        verify = self.verify_every > 0 and self._published % self.verify_every == 0
+        frozen = [weight for weight in weights if weight.frozen and not self._published]
+        changing = [weight for weight in weights if not weight.frozen]
+        if self._changing is None:
+            self._changing = _Part(changing, self)
+        # What goes once is held until all have read it, which is when the next publication is asked for.
+        self._once = _Part(frozen, self, lasting=False).write(frozen, verify) if frozen else None
+        self._published += 1
+        return self._changing.write(changing, verify, self._once)
+
+
+class _Part:
+    """A buffer for some of a rank's weights."""
+
+    def __init__(self, weights: Sequence[PlainWeight], outbox: Outbox, *, lasting: bool = True) -> None:
+        self.dtype, self.rank = outbox.dtype, outbox.rank
+        self.places = lay_out([(w.name, w.shape, w.box, self.dtype or w.dtype) for w in weights])
+        device = next(outbox.model.parameters()).device
+        self.buffer = allocate(outbox.transport, self.places[-1].end, device, lasting)
+
+    def write(self, weights: Sequence[PlainWeight], verify: bool, frozen: WeightPayload | None = None) -> WeightPayload:
+        flat, checksums = self.buffer.flat(), []
+        for weight, place in zip(weights, self.places, strict=True):
+            box, block = weight.local()
+            target = place.of(flat)
+            if verify:  # of the numbers before they are copied
+                block = block.to(target.dtype)
+                checksums.append(lazy_checksum(block, box, place.shape))
+            target.copy_(block)
+        taken = settled(checksums)
+        if flat.is_cuda:
+            torch.cuda.current_stream(flat.device).synchronize()  # another process cannot wait for this stream
+        return WeightPayload(self.places, self.buffer, tuple(taken), self.rank, frozen)
+
+
+def allocate(transport: Transport, nbytes: int, device: torch.device, lasting: bool) -> Buffer | DeviceBuffer:
+    """Memory for a transport; auto: for readers in this process, where the parameters are.
+
+    Raises:
+        CapacityError: the GPU has not so much left.
+    """
+    if transport is Transport.ipc or (transport is Transport.auto and device.type == "cuda"):
+        try:
+            return DeviceBuffer(nbytes, device, lasting=lasting)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"weights.transport=ipc needs {nbytes / 2**30:.2f} GiB on the GPU for weights on their way, and "
+                f"{torch.cuda.mem_get_info(device)[0] / 2**30:.2f} are free: lower generation.kv_tokens, or set "
+                "weights.transport=shared_memory"
+            ) from error
+    return SharedBuffer(nbytes, lasting=lasting) if transport is Transport.shared_memory else Buffer(nbytes)
