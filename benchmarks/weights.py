@@ -196,6 +196,11 @@ class Receiver(Rank):
         self.inbox.read(store.get_many(weights))
         return time.perf_counter() - start
 
+    @remote(Dispatch.BROADCAST, Collect.SUM)
+    async def held_bytes(self) -> int:
+        """Of all ranks: what is sent, of which some have the same."""
+        return sum(parameter.nbytes for parameter in self.inbox.model.parameters())
+
     @remote(Dispatch.BROADCAST, Collect.FIRST)
     async def measure_link(self) -> float:
         return self.link(self.inbox._exchange, self.rank, False)
@@ -253,11 +258,20 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> list[Row]:
         copied = asyncio.run(sender.copy_rate())
         rows.append(row(f"{label}: a copy on the device", copied / 1e9, "GB/s", note="bytes copied"))
         link = asyncio.run(both_links(sender, receiver)) if is_stream else 0.0
+        sent = asyncio.run(receiver.held_bytes())
         if is_stream:
             rows.append(row(f"{label}: the link", link * case.ranks / 1e9, "GB/s", note="plain sends of 256 MiB"))
         checking = asyncio.run(sender.checksum_seconds()) if case.ranks == 1 else None
     for verify, found in times.items():
-        rows += figures(label + ", verified" * verify, found, name, case, copied, link, is_marked=not verify)
+        rows += figures(
+            label + ", verified" * verify,
+            found,
+            name,
+            case,
+            copied,
+            sent / (link * case.ranks or 1),
+            is_marked=not verify,
+        )
     if checking is not None:
         size = times[0].size
         share = checking / (size / copied)
@@ -272,8 +286,9 @@ def measure(name: str, case: Case, args: argparse.Namespace) -> list[Row]:
 
 
 def figures(
-    label: str, found: Times, name: str, case: Case, copied: float, link: float, *, is_marked: bool
+    label: str, found: Times, name: str, case: Case, copied: float, floor: float, *, is_marked: bool
 ) -> Iterator[Row]:
+    """Rows of some publications; ``floor`` is what the link would need for all that is sent, seconds."""
     is_gpu, is_stream = case.device == "cuda", case.transport is Transport.nccl
     note = f"{found.size / 1e9:.3g} GB in {found.whole * 1e3:.3g} ms, of them the ranks' work {found.work * 1e3:.3g} ms"
     yield row(label, found.size / found.whole / 1e9, "GB/s", note=note)
@@ -281,7 +296,7 @@ def figures(
     yield row(f"{label}: generation's pause", found.pause * 1e3, "ms", mark=pause_mark, better="lower")
     if is_stream:
         mark = GPU_MARK if is_marked and is_gpu else None
-        yield row(f"{label}: of the link", found.size / found.work / (link * case.ranks), "1", mark=mark)
+        yield row(f"{label}: of the link", floor / found.work, "1", mark=mark)
     elif is_gpu:
         mark = GPU_MARK if is_marked and case.transport is Transport.ipc else None
         yield row(f"{label}: both copies, of a copy", 2 * found.size / found.work / copied, "1", mark=mark)

@@ -4,7 +4,9 @@ from asystem.state.inbox import Inbox
 from asystem.state.outbox import Outbox
 from asystem.state.payload import Place, WeightPayload
 from asystem.state.plan import Layout, Move, plan_moves
-from asystem.state.stream import Announced, StreamInbox, StreamOutbox, Terms
+from asystem.state.receiving import StreamInbox
+from asystem.state.sending import StreamOutbox
+from asystem.state.stream import Announced, Terms
 from asystem.state.topology import choose_transport
 
 Published = WeightPayload | Announced

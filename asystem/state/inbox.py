@@ -14,11 +14,8 @@ from torch import Tensor
 from asystem.errors import PublicationError
 from asystem.models import Decoder, plain_parameters, weight_pieces, writing
 from asystem.state.checksum import Ledger, lazy_checksum
-from asystem.state.payload import Place, WeightPayload
+from asystem.state.payload import Pair, Place, WeightPayload, copy_all
 from asystem.state.plan import Layout, Move, plan_moves
-
-Pair = tuple[Tensor, Tensor]
-SMALL = 1 << 20  # bytes; copies below are launched together
 
 
 class Inbox:
@@ -45,14 +42,14 @@ class Inbox:
         parts = [part for payload in payloads for part in payload.parts()]
         self._plan(parts)
         arrived = Arrived(parts)
-        _copy(self._pairs(arrived))
+        copy_all(self._pairs(arrived))
         ledger = Ledger()
         for name, moves in self._moves.items():
             if name in self._plain and not arrived.has_checksums:
                 continue
             with writing(self.model, name, arrived.block(moves[0]).dtype) as parameter:
                 if name not in self._plain:
-                    _copy(_pairs_of(moves, parameter, arrived))
+                    copy_all(_pairs_of(moves, parameter, arrived))
                 if arrived.has_checksums:
                     arrived.compare(name, self._held[name], parameter, ledger)
         for name in ledger.wrong():
@@ -153,12 +150,3 @@ class Arrived:
 
 def _pairs_of(moves: Sequence[Move], parameter: Tensor, arrived: Arrived) -> list[Pair]:
     return [(move.target.part(move.box, parameter), arrived.block(move)) for move in moves]
-
-
-def _copy(pairs: Sequence[Pair]) -> None:
-    small = [pair for pair in pairs if pair[0].nbytes < SMALL]
-    for target, source in pairs:
-        if target.nbytes >= SMALL:
-            target.copy_(source)
-    if small:
-        torch._foreach_copy_([target for target, _ in small], [source for _, source in small])

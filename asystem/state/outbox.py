@@ -13,14 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from asystem.config import Transport
 from asystem.errors import CapacityError
 from asystem.models import PlainWeight, plain_weights
 from asystem.spmd import Buffer, DeviceBuffer, SharedBuffer
 from asystem.state.checksum import lazy_checksum, settled
-from asystem.state.payload import WeightPayload, lay_out
+from asystem.state.payload import Pair, Place, WeightPayload, copy_all, lay_out
 
 
 class Outbox:
@@ -44,6 +44,8 @@ class Outbox:
     ) -> None:
         self.model, self.dtype, self.verify_every = model, dtype, verify_every
         self.transport, self.rank = transport, rank
+        self._addresses: list[int] = []
+        self._weights: list[PlainWeight] = []
         self._changing: _Part | None = None
         self._once: WeightPayload | None = None
         self._published = 0
@@ -52,16 +54,23 @@ class Outbox:
     def write(self) -> WeightPayload:
         """Copies what this rank holds, adapters merged into the matrices that they stand beside: with adapters, whose
         shards are gathered, all ranks call it in step."""
-        weights = plain_weights(self.model)
+        self._look()
         verify = self.verify_every > 0 and self._published % self.verify_every == 0
-        frozen = [weight for weight in weights if weight.frozen and not self._published]
-        changing = [weight for weight in weights if not weight.frozen]
+        frozen = [weight for weight in self._weights if weight.frozen and not self._published]
         if self._changing is None:
-            self._changing = _Part(changing, self)
+            self._changing = _Part([weight for weight in self._weights if not weight.frozen], self)
         # What goes once is held until all have read it, which is when the next publication is asked for.
         self._once = _Part(frozen, self, lasting=False).write(frozen, verify) if frozen else None
         self._published += 1
-        return self._changing.write(changing, verify, self._once)
+        return self._changing.write(self._weights, verify, self._once)
+
+    def _look(self) -> None:
+        """Looks through the model again, unless its parameters lie where they lay; FSDP has new ones at times."""
+        parameters = list(self.model.parameters())
+        is_sharded = any(hasattr(parameter, "placements") for parameter in parameters)
+        addresses = [] if is_sharded else [parameter.data_ptr() for parameter in parameters]
+        if not addresses or addresses != self._addresses:
+            self._weights, self._addresses = plain_weights(self.model), addresses
 
 
 class _Part:
@@ -72,20 +81,40 @@ class _Part:
         self.places = lay_out([(w.name, w.shape, w.box, self.dtype or w.dtype) for w in weights])
         device = next(outbox.model.parameters()).device
         self.buffer = allocate(outbox.transport, self.places[-1].end, device, lasting)
+        self._flat = self.buffer.flat()
+        # By parameter and box: a rank that shares layers with others has several blocks of one.
+        self._targets = {(place.name, place.box): (place, place.of(self._flat)) for place in self.places}
+        self._seen: Sequence[PlainWeight] = ()
+        self._pairs: list[tuple[Place, Pair]] = []  # of parameters as they are
+        self._merged: list[PlainWeight] = []
 
     def write(self, weights: Sequence[PlainWeight], verify: bool, frozen: WeightPayload | None = None) -> WeightPayload:
-        flat, checksums = self.buffer.flat(), []
-        for weight, place in zip(weights, self.places, strict=True):
-            box, block = weight.local()
-            target = place.of(flat)
-            if verify:  # of the numbers before they are copied
-                block = block.to(target.dtype)
-                checksums.append(lazy_checksum(block, box, place.shape))
-            target.copy_(block)
-        taken = settled(checksums)
-        if flat.is_cuda:
-            torch.cuda.current_stream(flat.device).synchronize()  # another process cannot wait for this stream
-        return WeightPayload(self.places, self.buffer, tuple(taken), self.rank, frozen)
+        """Copies those of the weights that it has a place for."""
+        self._look(weights)
+        sums: dict[Place, Tensor] = {}
+        for weight in self._merged:
+            place, target = self._targets[weight.name, weight.box]
+            self._copy([(place, (target, weight.local()[1]))], sums, verify)
+        self._copy(self._pairs, sums, verify)
+        checksums = settled([sums[place] for place in self.places]) if verify else []
+        if self._flat.is_cuda:
+            torch.cuda.current_stream(self._flat.device).synchronize()  # another process cannot wait for this stream
+        return WeightPayload(self.places, self.buffer, tuple(checksums), self.rank, frozen)
+
+    def _copy(self, rows: Sequence[tuple[Place, Pair]], sums: dict[Place, Tensor], verify: bool) -> None:
+        if verify:  # of the numbers before they are copied
+            for place, (target, block) in rows:
+                sums[place] = lazy_checksum(block.to(target.dtype), place.box, place.shape)
+        copy_all([pair for _, pair in rows])
+
+    def _look(self, weights: Sequence[PlainWeight]) -> None:
+        if weights is self._seen:
+            return
+        mine = [weight for weight in weights if (weight.name, weight.box) in self._targets]
+        self._merged = [weight for weight in mine if weight.is_merged]
+        plain = [(*self._targets[w.name, w.box], w.local()[1]) for w in mine if not w.is_merged]
+        self._pairs = [(place, (target, block)) for place, target, block in plain]
+        self._seen = weights
 
 
 def allocate(transport: Transport, nbytes: int, device: torch.device, lasting: bool) -> Buffer | DeviceBuffer:

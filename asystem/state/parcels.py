@@ -51,6 +51,39 @@ Round = list[tuple[int, Parcel]]
 """Parcels to or from peers, which travel together."""
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A round in its bucket: views that are made once.
+
+    Attributes:
+        peers, flats: of each parcel, who sends or gets it, and its bytes.
+        moves: of all parcels, one after another, each with its block.
+        sums: of each parcel, [moves] int64.
+    """
+
+    peers: list[int]
+    flats: list[Tensor]
+    moves: list[tuple[Move, Tensor]]
+    sums: list[Tensor]
+
+
+def steps(all_rounds: Sequence[Round], device: torch.device) -> list[Step]:
+    """The steps of all rounds, in two buckets that take turns: one travels while the other is packed or unpacked."""
+    size = max((sum(aligned(parcel.nbytes) for _, parcel in parcels) for parcels in all_rounds), default=0)
+    buckets = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
+    return [_step(parcels, buckets[index % 2]) for index, parcels in enumerate(all_rounds)]
+
+
+def _step(parcels: Round, bucket: Tensor) -> Step:
+    flats, start = [], 0
+    for _, parcel in parcels:
+        flats.append(bucket[start : start + parcel.nbytes])
+        start += aligned(parcel.nbytes)
+    found = [(parcel, flat) for (_, parcel), flat in zip(parcels, flats, strict=True)]
+    moves = [row for parcel, flat in found for row in parcel.blocks(flat)]
+    return Step([peer for peer, _ in parcels], flats, moves, [parcel.checksums(flat) for parcel, flat in found])
+
+
 def rounds(parcels: Mapping[int, Sequence[Parcel]]) -> list[Round]:
     """The first parcel of each peer, then the second of each, ..."""
     count = max(map(len, parcels.values()), default=0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +18,10 @@ from asystem.models import Box, Piece
 from asystem.spmd import Buffer, DeviceBuffer
 from asystem.state.plan import Holdings, Layout
 
+Pair = tuple[Tensor, Tensor]
+"""A view to write, and one of the same shape to read."""
+
+SMALL = 1 << 20  # bytes; copies below are launched together
 ALIGNMENT = 64  # bytes; a block starts where any dtype may be read
 
 
@@ -38,6 +45,22 @@ class Place:
         return flat[self.offset : self.end].view(dtype_named(self.dtype)).view(self.box.shape)
 
 
+class Places(tuple[Place, ...]):
+    """Of one buffer. They travel with each publication, and whoever knows them already gets the same object."""
+
+    _blob: bytes | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._blob is None:
+            self._blob = pickle.dumps(tuple(self))
+        return _known_places, (self._blob,)
+
+
+@lru_cache(maxsize=64)
+def _known_places(blob: bytes) -> Places:
+    return Places(pickle.loads(blob))
+
+
 @dataclass(frozen=True, slots=True)
 class WeightPayload:
     """One rank's part of a model's weights.
@@ -55,16 +78,20 @@ class WeightPayload:
     frozen: WeightPayload | None = None
 
     @property
-    def num_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Of its buffers, padding included."""
-        return self.buffer.nbytes + (0 if self.frozen is None else self.frozen.num_bytes)
+        return self.buffer.nbytes + (0 if self.frozen is None else self.frozen.nbytes)
 
     def parts(self) -> Iterator[WeightPayload]:
         """Its own places, and the frozen ones where those came along, in parts that have one block of a parameter at
         most: a rank that shares layers with others sends several."""
-        for turn in turns([place.name for place in self.places]):
+        all_turns = turns([place.name for place in self.places])
+        if len(all_turns) == 1:
+            yield replace(self, frozen=None) if self.frozen is not None else self
+            all_turns = []
+        for turn in all_turns:
             sums = tuple(self.checksums[index] for index in turn if self.checksums)
-            yield replace(self, places=tuple(self.places[index] for index in turn), checksums=sums)
+            yield replace(self, places=tuple(self.places[index] for index in turn), checksums=sums, frozen=None)
         if self.frozen is not None:
             yield from self.frozen.parts()
 
@@ -104,13 +131,13 @@ def turns(names: Sequence[str]) -> list[list[int]]:
     return found
 
 
-def lay_out(blocks: Sequence[tuple[str, tuple[int, ...], Box, torch.dtype]]) -> tuple[Place, ...]:
+def lay_out(blocks: Sequence[tuple[str, tuple[int, ...], Box, torch.dtype]]) -> Places:
     """Places of blocks (name, shape of the whole, box, dtype) one after another."""
     places: list[Place] = []
     for name, shape, box, dtype in blocks:
         offset = aligned(places[-1].end) if places else 0
         places.append(Place(name, shape, box, str(dtype).removeprefix("torch."), offset))
-    return tuple(places)
+    return Places(places)
 
 
 def aligned(nbytes: int) -> int:
@@ -128,3 +155,13 @@ def dtype_named(name: str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ModelError(f'weights were sent in the unknown dtype "{name}"')
     return found
+
+
+def copy_all(pairs: Sequence[Pair]) -> None:
+    """Copies into the first of each pair from the second, whatever the dtypes."""
+    small = [pair for pair in pairs if pair[0].nbytes < SMALL]
+    for target, source in pairs:
+        if target.nbytes >= SMALL:
+            target.copy_(source)
+    if small:
+        torch._foreach_copy_([target for target, _ in small], [source for _, source in small])

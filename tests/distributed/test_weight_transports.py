@@ -124,7 +124,7 @@ def test_a_generator_lost_while_it_takes_weights_over_is_named_and_training_is_k
     config.tracking.console = config.tracking.report = False
     config.tracking.wandb = WandbMode.disabled
     config.weights.transport, config.weights.probe_every = Transport(transport), 0
-    config.runtime.deadline_seconds = 10.0
+    config.runtime.deadline_seconds = 8.0
     config.generation.ranks = 2 if transport == "nccl" else 1
     with pytest.raises(AsystemError, match=message):
         train(config)

@@ -15,8 +15,9 @@ from asystem.config import LoraConfig
 from asystem.errors import AsystemError, ModelError, PublicationError
 from asystem.models import Decoder, ModelSpec, Piece, Shard, add_lora, init_weights, merge, quantize
 from asystem.state import StreamInbox, StreamOutbox, Terms
-from asystem.state.parcels import Parcel, cut, rounds
+from asystem.state.parcels import Step, cut, rounds
 from asystem.state.plan import Layout, plan_moves
+from asystem.state.receiving import _Arriving
 
 SPEC = ModelSpec("qwen3", 23, 16, 24, 2, 4, 2, 4, qk_norm=True, tie_embeddings=True)
 TERMS = Terms(1, 1, torch.device("cpu"), seconds=20.0, bucket_bytes=8192)
@@ -103,15 +104,15 @@ def test_under_adapters_the_rest_is_sent_once() -> None:
 def test_a_bit_that_changes_on_the_way_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair(model_of(1), [model_of(2)])
     pair.publish()
-    blocks = Parcel.blocks
+    unpack = _Arriving.unpack
 
-    def corrupted(self: Parcel, flat: torch.Tensor) -> Any:
-        for move, block in blocks(self, flat):
-            if threading.current_thread().name != "weights" and move.name == "layers.1.attn.o_proj.weight":
+    def corrupted(self: _Arriving, step: Step, views: Any) -> None:
+        for move, block in step.moves:
+            if move.name == "layers.1.attn.o_proj.weight":
                 block.view(torch.int32)[-1, -1] ^= 1 << 7
-            yield move, block
+        unpack(self, step, views)
 
-    monkeypatch.setattr(Parcel, "blocks", corrupted)
+    monkeypatch.setattr(_Arriving, "unpack", corrupted)
     with pytest.raises(PublicationError, match=r"layers\.1\.attn\.o_proj\.weight is not what training sent"):
         pair.publish()
 
@@ -149,7 +150,7 @@ def test_who_is_lost_between_two_buckets_is_named(monkeypatch: pytest.MonkeyPatc
     def dies(*_: Any) -> None:
         raise PublicationError("killed here")
 
-    monkeypatch.setattr("asystem.state.stream._Arriving.unpack", dies)
+    monkeypatch.setattr("asystem.state.receiving._Arriving.unpack", dies)
     with pytest.raises(PublicationError, match="killed here"):
         pair.publish()
     with pytest.raises(PublicationError, match=r"trainers rank 0 lost generators rank 0|generators rank 0: killed"):

@@ -38,7 +38,7 @@ def test_a_round_trip_is_bit_equal_in_place_and_sends_a_tied_head_once(tied: boo
     for name, p in target.named_parameters():
         assert torch.equal(p, source.get_parameter(name)) and p.data_ptr() == places[name], name
     assert len(payload.places) == len(list(source.parameters()))
-    assert payload.num_bytes == payload.buffer.nbytes >= 4 * source.spec.num_parameters
+    assert payload.nbytes == payload.buffer.nbytes >= 4 * source.spec.num_parameters
 
 
 @pytest.mark.parametrize("source_dtype", [torch.float32, torch.bfloat16])
@@ -47,7 +47,7 @@ def test_the_wire_can_be_half_precision(source_dtype: torch.dtype, target_dtype:
     source, target = _model(1).to(source_dtype), _model(2).to(target_dtype)
     payload = _sent(source, torch.bfloat16)
     assert {place.dtype for place in payload.places} == {"bfloat16"}
-    assert payload.num_bytes < 0.6 * _sent(_model()).num_bytes
+    assert payload.nbytes < 0.6 * _sent(_model()).nbytes
     Inbox(target).read([payload])
     for name, p in target.named_parameters():
         assert p.dtype is target_dtype
@@ -77,7 +77,7 @@ def test_blocks_start_aligned_and_do_not_overlap() -> None:
     for place in payload.places:
         assert place.offset % 64 == 0 and place.offset >= end
         end = place.end
-    assert end <= payload.num_bytes
+    assert end <= payload.nbytes
 
 
 def test_what_does_not_fit_is_refused_with_both_sides_named_and_nothing_changed() -> None:
@@ -129,7 +129,7 @@ def test_a_layer_left_out_and_two_that_changed_places_are_found(monkeypatch: pyt
     inbox = Inbox(model)
     inbox.read([payload])
     init_weights(model, 3)
-    monkeypatch.setattr("asystem.state.inbox._copy", lambda pairs: None)
+    monkeypatch.setattr("asystem.state.inbox.copy_all", lambda pairs: None)
     with pytest.raises(PublicationError, match=r"embed\.weight is not what was sent: it was written wrongly"):
         inbox.read([payload])
 
@@ -182,7 +182,7 @@ def test_two_experts_that_changed_places_are_found(monkeypatch: pytest.MonkeyPat
         for into, block in pairs:
             into.copy_(block[[0, 4, 2, 3, 1, 5]] if into.data_ptr() == experts.data_ptr() else block)
 
-    monkeypatch.setattr("asystem.state.inbox._copy", swapping)
+    monkeypatch.setattr("asystem.state.inbox.copy_all", swapping)
     with pytest.raises(
         PublicationError, match=name.replace(".", r"\.") + " is not what was sent: it was written wrong"
     ):
@@ -199,15 +199,15 @@ def test_under_adapters_what_is_frozen_is_sent_and_verified_once() -> None:
     assert {p.name for part in first.parts() for p in part.places} == {name for name, _ in target.named_parameters()}
     assert all(len(part.checksums) == len(part.places) for part in first.parts())
     handed = pickle.dumps(first)
-    frozen = first.frozen.num_bytes
+    frozen = first.frozen.nbytes
     del first
     inbox.read([pickle.loads(handed)])  # the sender has kept what it handed over
     for _ in range(2):
         with torch.no_grad():
             source.get_parameter("layers.1.mlp.down_proj.lora_B").normal_()
         later = outbox.write()
-        assert later.num_bytes == 4 * sum(target.get_parameter(name).numel() for name in adapted)
-        assert later.num_bytes + frozen >= 4 * sum(p.numel() for p in target.parameters()) > later.num_bytes
+        assert later.nbytes == 4 * sum(target.get_parameter(name).numel() for name in adapted)
+        assert later.nbytes + frozen >= 4 * sum(p.numel() for p in target.parameters()) > later.nbytes
         inbox.read([later])
         assert all(torch.equal(target.get_parameter(name), tensor) for name, tensor in merge(source).items())
     with pytest.raises(ModelError, match=r"receiving model has embed\.weight, for which no weights were sent"):
@@ -228,6 +228,7 @@ def test_a_second_publication_copies_through_the_views_of_the_first(monkeypatch:
     assert mapped is not views, "this process had the buffer itself, another has a map of it"
     inbox.read([again])
     assert inbox._views[1] is mapped
+    assert again.places is pickle.loads(pickle.dumps(again)).places, "known places are not compared one by one"
     target.embed.weight.data = torch.zeros_like(target.embed.weight)  # as a memory that was put to sleep comes back
     inbox.read([again])
     assert torch.equal(target.embed.weight, source.embed.weight)

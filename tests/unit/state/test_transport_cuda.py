@@ -153,13 +153,13 @@ def _stream_to_nobody(pipe: Connection) -> None:
 
 
 def _leave_in_the_middle(pipe: Connection) -> None:
-    from asystem.state import stream
+    from asystem.state import receiving
 
     terms = Terms(1, 1, torch.device("cuda", 0), seconds=8.0, bucket_bytes=65536)
     inbox = StreamInbox(model_at(9).cuda().bfloat16(), 0, terms)
     inbox.read([pickle.loads(pipe.recv_bytes())])
     pipe.send_bytes(DONE)
-    stream._Arriving.unpack = lambda *_: os._exit(0)  # type: ignore[method-assign]
+    receiving._Arriving.unpack = lambda *_: os._exit(0)  # type: ignore[method-assign]
     inbox.read([pickle.loads(pipe.recv_bytes())])
 
 
