@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
-from asystem.config import Config, Master, Optimizer, PlacementKind, Recompute, RuntimeKind, Sleep
+from asystem.config import Config, Master, Optimizer, PlacementKind, Recompute, RuntimeKind, Sleep, Transport
 from asystem.controller.planning.choices import Choice, Estimate, Estimator
 from asystem.controller.planning.predict import Workload, generation_seconds, training_seconds
 from asystem.errors import CapacityError
@@ -106,22 +106,30 @@ def with_choice(config: Config, choice: Choice, is_gpu: bool) -> Config:
     chosen.training.micro_batch_tokens = choice.micro
     chosen.training.recompute, chosen.training.offload_optimizer = choice.recompute, choice.offload
     if is_gpu:
+        chosen.device = "auto" if chosen.device == "cpu" else chosen.device  # a recipe of a CPU, on other machines
         chosen.generation.kv_tokens = choice.kv_tokens
     return chosen
 
 
 def _layouts(config: Config, machine: Machine) -> Iterator[tuple[PlacementKind, int, int]]:
     inline, parallel = config.runtime.kind is RuntimeKind.inline, config.generation.tensor_parallel
-    alone = inline or config.training.lora.base != "auto" or config.training.offload_optimizer
+    training = config.training
+    cut = training.tensor_parallel * training.expert_parallel
+    alone = inline or training.lora.base != "auto" or training.offload_optimizer
     devices = 1 if inline else machine.devices
-    cut = config.training.tensor_parallel * config.training.expert_parallel  # the ranks of one trained model
-    if parallel == cut == 1 and config.generation.dtype not in ("int8", "fp8"):
+    if cut == parallel == 1 and _can_share(config):
         yield PlacementKind.hybrid, 1 if alone else devices, 1 if alone else devices
-    if devices == parallel == cut == 1:
+    if devices == cut == parallel == 1:
         yield PlacementKind.split, 1, 1
     for trainers in range(cut, 2 if alone else devices, cut):
         if devices > trainers and (devices - trainers) % parallel == 0:
             yield PlacementKind.split, trainers, devices - trainers
+
+
+def _can_share(config: Config) -> bool:
+    """Whether generation can decode with what training has on the GPU (`checks` refuses the others)."""
+    plain = config.generation.dtype not in ("int8", "fp8") and config.weights.transport is Transport.auto
+    return plain and not config.training.offload_parameters
 
 
 def _choices(config: Config, machine: Machine, work: Workload, pinned: bool) -> Iterator[Choice]:
@@ -139,7 +147,7 @@ def _choices(config: Config, machine: Machine, work: Workload, pinned: bool) -> 
             offloads.add(True)
         for offload in sorted(offloads):
             for sleep in _sleeps(config, kind, machine):
-                for recompute in recomputes:
+                for recompute in (r for r in recomputes if r is not Recompute.none or not training.offload_parameters):
                     for micro in sizes:
                         yield Choice(kind, trainers, generators, recompute, offload, sleep, micro)
 
@@ -290,6 +298,9 @@ def _remedy(config: Config, spec: ModelSpec, machine: Machine, work: Workload, p
     def eight_bit(c: Config) -> None:
         c.training.optimizer = Optimizer.adamw8bit
 
+    def streamed(c: Config) -> None:
+        c.training.offload_optimizer = c.training.offload_parameters = True
+
     def half(c: Config) -> None:
         c.training.master = Master.bfloat16_stochastic
 
@@ -303,6 +314,7 @@ def _remedy(config: Config, spec: ModelSpec, machine: Machine, work: Workload, p
     tried: dict[str, Callable[[Config], None]] = {
         "training.optimizer=adamw8bit": eight_bit,
         "training.master=bfloat16_stochastic": half,
+        "training.offload_optimizer=true training.offload_parameters=true": streamed,
         "training.lora.rank=16": lora,
         "training.lora.rank=16 training.lora.base=nf4": quantized,
     }

@@ -36,7 +36,7 @@ def resolve(config: Config) -> tuple[Config, list[str]]:
     kind = config.placement.kind
     if kind is PlacementKind.auto:
         plan = plan_run(config)
-        return plan.apply(config), plan.reasons
+        return plan.apply(config), plan.reasons[:3]
     if kind is not PlacementKind.hybrid or not (machine := this_machine(config.device)).is_gpu:
         return config, []
     try:

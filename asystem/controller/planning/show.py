@@ -31,6 +31,8 @@ def settings(config: Config, plan: Plan) -> dict[str, str | int | bool]:
     }
     if chosen.generation.kv_tokens is not None:
         found["generation.kv_tokens"] = chosen.generation.kv_tokens
+    if chosen.device != config.device:
+        found["device"] = chosen.device
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 from asystem.cli import main
 from asystem.compose import load_config
 from asystem.config import Config, PlacementKind, Recompute, RuntimeKind, Sleep
-from asystem.controller.planning import Choice, Estimator, Plan, Workload, make_plan, plan_run, resolve
+from asystem.controller.planning import Choice, Estimator, Plan, Workload, make_plan, plan_run, resolve, settings
 from asystem.errors import CapacityError, ConfigError
 from asystem.generation.memory import plan_memory
 from asystem.memory import GIB, card_named, machine_of
@@ -102,6 +102,19 @@ def test_what_does_not_fit_is_said_with_numbers_and_a_remedy_that_was_tried() ->
     assert plan(remedied, 1, 24).best.fits
 
 
+def test_what_training_cuts_over_ranks_is_not_shared() -> None:
+    config = w1("qwen3_0_6b", "training.ranks=2", "training.tensor_parallel=2")
+    found = plan(config, 4, 24)
+    assert {found.best.choice.layout, *(value for knob, value, _ in found.others if knob == "placement")} == {
+        "split 2 + 2"
+    }
+    found.apply(config).check()
+    streamed = w1("qwen3_0_6b", "device=auto", "training.offload_optimizer=true", "training.offload_parameters=true",
+                  "training.recompute=full")  # fmt: skip
+    chosen = plan(streamed, 2, 24).best.choice
+    assert chosen.layout == "split 1 + 1" and chosen.recompute is not Recompute.none
+
+
 def test_one_process_has_one_rank() -> None:
     config = w1("qwen3_0_6b")
     config.runtime.kind = RuntimeKind.inline
@@ -113,6 +126,7 @@ def test_a_plan_is_a_configuration_that_is_not_refused() -> None:
     found = plan(config, 1, 24)
     chosen = found.apply(config)
     chosen.check()
+    assert (config.device, chosen.device, settings(config, found)["device"]) == ("cpu", "auto", "auto")
     assert chosen.placement.kind is PlacementKind.hybrid and chosen.placement.sleep is not Sleep.auto
     assert chosen.generation.kv_tokens == found.best.choice.kv_tokens >= 640
     assert config.placement.kind is PlacementKind.auto, "the original is left alone"
