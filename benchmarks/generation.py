@@ -330,7 +330,8 @@ def main() -> None:
     def write_all() -> None:  # after each shape: what ends early has shown something
         if args.write:
             found = [line for case in CASES for line in rows_of(case, results.get(case.name), bandwidth)]
-            write("generation", torch.cuda.get_device_name(), rows + found + vllm, packages=["triton", "vllm"])
+            partial, names = args.only is not None, ["triton", "vllm"]
+            write("generation", torch.cuda.get_device_name(), rows + found + vllm, packages=names, partial=partial)
 
     for shape in SHAPES:
         mine = [case for case in cases if case.shape == shape]

@@ -447,9 +447,9 @@ def main() -> None:
         show(found)
         print(f"    {name}: {time.perf_counter() - started:.1f} s in all", flush=True)
         rows += found
-    if args.write:
-        device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
-        print(f"written to {write('hybrid', device, rows)}")
+        if args.write:  # after each case: what ends early has shown something
+            device = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
+            write("hybrid", device, rows, partial=args.only is not None)
 
 
 def _named(name: str) -> Case:

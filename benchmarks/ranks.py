@@ -198,13 +198,13 @@ def work(rank: int, args: argparse.Namespace, port: int) -> None:
         rows += told
         if rank == 0:
             show(told)
+        if rank == 0 and args.write:  # after each case: what ends early has shown something
+            name = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
+            write("ranks", name, rows, name=f"{slug(name)}-x{args.ranks}", partial=args.only is not None)
         torch.compiler.reset()  # each case has graphs of its own, of which torch keeps eight
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    if rank == 0 and args.write:
-        name = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
-        print(f"written to {write('ranks', name, rows, name=f'{slug(name)}-x{args.ranks}')}")
     dist.destroy_process_group()
 
 

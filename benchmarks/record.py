@@ -53,28 +53,44 @@ def write(
     packages: Sequence[str] = (),
     versions: Mapping[str, str] | None = None,
     name: str | None = None,
+    partial: bool = False,
 ) -> Path:
     """Writes a study's results.
 
     Args:
         packages: distributions whose versions count, beside Python and torch; ``versions`` of others.
         name: the file's device; None = made from ``device``.
+        partial: figures of an earlier run stay where this one has none, and say of which commit they are.
     """
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     known = {package: _version(package) for package in ("torch", *packages)}
-    result = {
+    result: dict[str, Any] = {
         "study": study,
         "device": device,
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit or os.environ.get("COMMIT", ""),
+        "commit": os.environ.get("COMMIT") or commit,
         "command": f"python {' '.join(sys.argv)}",
         "versions": {"python": platform.python_version()} | known | dict(versions or {}),
-        "rows": list(rows),
     }
     path = FOLDER / f"{study}-{name or slug(device)}.json"
     path.parent.mkdir(exist_ok=True)
+    result["rows"] = list(rows)
+    if partial and path.exists():
+        before = json.loads(path.read_text())
+        result["rows"] = _kept(rows, before["rows"], before["commit"])
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
+
+
+def _kept(rows: Sequence[Row], before: Sequence[Row], commit: str) -> list[Row]:
+    """The rows, and what an earlier run has that they have not: in their place, or behind them."""
+    old = {each["name"]: each for each in before if each["value"] is not None}
+    for each in old.values():
+        if "of commit " not in each["note"]:
+            each["note"] = "; ".join(filter(None, [each["note"], f"of commit {commit[:7]}"]))
+    measured = [old.get(each["name"], each) if each["value"] is None else each for each in rows]
+    names = {each["name"] for each in rows}
+    return measured + [each for name, each in old.items() if name not in names]
 
 
 def _version(package: str) -> str:

@@ -235,7 +235,7 @@ def main() -> None:
         show(found)
         rows += found
         if args.write:  # after each case: what ends early has shown something
-            write("training", device, rows)
+            write("training", device, rows, partial=args.only is not None)
 
 
 if __name__ == "__main__":

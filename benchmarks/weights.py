@@ -72,6 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/weights-<device>.json")
     args = parser.parse_args()
+    args.partial = args.models is not None or args.transports is not None
     if args.tiny:
         args.models = ["tiny"]
     elif args.models is None:
@@ -359,7 +360,7 @@ def attempt(label: str, act: Callable[[], list[Row]]) -> list[Row]:
 
 def main() -> None:
     args = parse()
-    rows, device = [], f"{cpu_name()}, {args.threads} threads a rank"
+    rows: list[Row] = []
     with make_runtime(runtime_config(args), PlacementConfig()) as runtime:  # the others join its cluster
         num_gpus = int(runtime.num_gpus) if args.device == "cuda" else 0
         for name in args.models:
@@ -367,14 +368,23 @@ def main() -> None:
                 if case.transport is Transport.shared_memory and case.device == "cuda" and name != args.models[0]:
                     continue  # through the host: once, to compare with
                 rows += attempt(f"{name}, {case.label}", lambda name=name, case=case: measure(name, case, args))
-    more = attempt("hybrid placement: bytes copied", hybrid)
+                write_all(args, rows, num_gpus)
+    rows += attempt("hybrid placement: bytes copied", hybrid)
     known = [row(what, gb / seconds, "GB/s", note=f"{gb} GB in {seconds:g} s") for what, gb, seconds in PUBLISHED]
     show(known)
+    write_all(args, rows + known, num_gpus)
+
+
+def write_all(args: argparse.Namespace, rows: Sequence[Row], num_gpus: int) -> None:
+    """After each case: what ends early has shown something."""
+    if not args.write:
+        return
+    device, name = f"{cpu_name()}, {args.threads} threads a rank", "cpu"
     if args.device == "cuda":
-        device = f"{num_gpus} x {torch.cuda.get_device_name(0)}" if num_gpus > 1 else torch.cuda.get_device_name(0)
-    if args.write:
-        name = "cpu" if args.device == "cpu" else slug(torch.cuda.get_device_name(0)) + f"-x{num_gpus}" * (num_gpus > 1)
-        print(f"written to {write('weights', device, rows + more + known, packages=['ray', 'triton'], name=name)}")
+        device = torch.cuda.get_device_name(0)
+        name = slug(device) + f"-x{num_gpus}" * (num_gpus > 1)
+        device = f"{num_gpus} x {device}" if num_gpus > 1 else device
+    write("weights", device, rows, packages=["ray", "triton"], name=name, partial=args.partial)
 
 
 if __name__ == "__main__":
