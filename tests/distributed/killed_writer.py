@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from asystem.config import CheckpointConfig
+from asystem.models import Held
 from asystem.training import Saver
 from asystem.training.checkpoint import find_checkpoint, list_checkpoints, load_checkpoint
 
@@ -32,7 +33,8 @@ def write_for_ever(parent: Path, start: int) -> None:
     engine: Any = SimpleNamespace(world_size=1, rank=0)
     saver = Saver(engine, CheckpointConfig(every=1, keep_last=1))
     for step in range(start, start + 100_000):
-        engine.state = lambda step=step: (tensors(step), {"step": step})
+        held = {name: Held.of(tensor) for name, tensor in tensors(step).items()}
+        engine.state = lambda held=held, step=step: (held, {"step": step})
         saver.save(parent / f"step-{step:06d}")
 
 
@@ -41,6 +43,7 @@ def kill_one(parent: Path, start: int, draw: random.Random) -> dict[str, Any]:
     if (writer := os.fork()) == 0:
         write_for_ever(parent, start)
     while not any(int(path.name[5:]) >= start for path in list_checkpoints(parent)):
+        assert os.waitpid(writer, os.WNOHANG) == (0, 0), "the writer ended by itself"
         time.sleep(0.001)
     good = int(find_checkpoint(parent).name[5:])
     if draw.random() < 0.7:
