@@ -36,21 +36,35 @@ def model_at(version: int) -> Decoder:
     return model
 
 
-def _trainer(rank: int, meeting: dist.Store) -> None:
+def _sharded() -> Decoder:
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", store=dist.PrefixStore("trainers", meeting), rank=rank, world_size=2)
     model = model_at(0)
     for block in model.layers:
         fully_shard(block)
     fully_shard(model)
+    return model
+
+
+@torch.no_grad()
+def _set(model: Decoder, version: int, rank: int) -> None:
+    """A rank's weights of a version, of shards or of a part."""
+    source = model_at(version) if model.shard is None else Shard(rank, 2).cut(model_at(version))
+    for name, value in source.named_parameters():
+        parameter = model.get_parameter(name)
+        if model.shard is None:
+            parts = value.chunk(2, 0)
+            parameter.to_local().copy_(parts[rank] if rank < len(parts) else value[:0])  # type: ignore[attr-defined]
+        else:
+            parameter.copy_(value)
+
+
+def _trainer(rank: int, meeting: dist.Store, is_cut: bool) -> None:
+    dist.init_process_group("gloo", store=dist.PrefixStore("trainers", meeting), rank=rank, world_size=2)
+    model = Shard(rank, 2).cut(model_at(0)) if is_cut else _sharded()
     outbox = StreamOutbox(model, torch.bfloat16, 1, rank, TERMS)
     for version in range(VERSIONS):
-        with torch.no_grad():
-            for name, whole in model_at(version).named_parameters():
-                parameter = model.get_parameter(name)
-                mine = whole.chunk(2, 0)[rank] if rank < len(whole.chunk(2, 0)) else whole[:0]
-                parameter.to_local().copy_(mine)  # type: ignore[attr-defined]
+        _set(model, version, rank)
         announced = outbox.write()
         if rank == 0:
             meeting.set(f"announced {version}", pickle.dumps(announced).hex())
@@ -59,25 +73,28 @@ def _trainer(rank: int, meeting: dist.Store) -> None:
     dist.destroy_process_group()
 
 
-def _generator(rank: int, meeting: dist.Store) -> None:
-    model = Shard(rank, 2).cut(model_at(9)).bfloat16()
+def _generator(rank: int, meeting: dist.Store, is_cut: bool) -> None:
+    """Has a half; the first one all, where training has halves."""
+    model = (model_at(9) if is_cut and rank == 0 else Shard(rank, 2).cut(model_at(9))).bfloat16()
     inbox = StreamInbox(model, rank, TERMS)
     for version in range(VERSIONS):
         inbox.read([pickle.loads(bytes.fromhex(meeting.get(f"announced {version}").decode()))])
-        for name, want in Shard(rank, 2).cut(model_at(version)).named_parameters():
+        whole = model_at(version)
+        for name, want in (whole if model.shard is None else Shard(rank, 2).cut(whole)).named_parameters():
             assert torch.equal(model.get_parameter(name), want.bfloat16()), (version, name)
         meeting.set(f"loaded {version} {rank}", "")
 
 
-def _rank(rank: int, folder: Path) -> None:
+def _rank(rank: int, folder: Path, is_cut: bool) -> None:
     torch.set_num_threads(1)
     meeting = dist.FileStore(str(folder / "store"), 4)
     meeting.set_timeout(timedelta(seconds=60))
-    _trainer(rank, meeting) if rank < 2 else _generator(rank - 2, meeting)
+    _trainer(rank, meeting, is_cut) if rank < 2 else _generator(rank - 2, meeting, is_cut)
 
 
-def test_shards_of_two_trainers_reach_the_halves_of_two_generators(tmp_path: Path) -> None:
-    mp.spawn(_rank, (tmp_path,), nprocs=4)  # type: ignore[no-untyped-call]
+@pytest.mark.parametrize("is_cut", [False, True], ids=["shards to halves", "halves to all and a half"])
+def test_what_two_trainers_hold_reaches_two_generators(tmp_path: Path, is_cut: bool) -> None:
+    mp.spawn(_rank, (tmp_path, is_cut), nprocs=4)  # type: ignore[no-untyped-call]
 
 
 class Lost(GenerateWorker):
