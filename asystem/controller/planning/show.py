@@ -80,7 +80,7 @@ def show(config: Config, plan: Plan, console: Console | None = None) -> None:
     console = console or Console()
     work = plan.work
     console.print(
-        f"[bold]{config.recipe}[/] on {plan.machine}: {plan.spec.num_parameters / 1e6:,.0f} M parameters, a step of "
+        f"[bold]{config.recipe}[/] on {plan.machine}: {_count(plan.spec.num_parameters)} parameters, a step of "
         f"{work.rollouts} rollouts of {work.prompt} + {work.new} tokens",
         highlight=False,
     )
@@ -115,3 +115,8 @@ def _time(plan: Plan) -> Table:
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.2f}" if size else ""
+
+
+def _count(number: int) -> str:
+    """Of parameters: 0.43 M, 596 M, 8.19 B."""
+    return f"{number / 1e9:.3g} B" if number >= 1e9 else f"{number / 1e6:.3g} M"
