@@ -40,6 +40,22 @@ def _turn(
 
 
 @triton.jit
+def _load_tile(
+    keys, values, line, kv_head, begin, end, at_left, at_right, pair_mask, columns,
+    KV_HEADS: tl.constexpr, HEAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Cached keys, as two halves, and values of tokens begin..end, and which of N there are; ``line``: of the table."""
+    token = begin + tl.arange(0, N)
+    inside = token < end
+    block = tl.load(line + token // BLOCK_SIZE, mask=inside, other=0)
+    source = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE)[:, None] * HEAD
+    k_left = tl.load(keys + source + at_left, mask=inside[:, None] & pair_mask, other=0.0)
+    k_right = tl.load(keys + source + at_right, mask=inside[:, None] & pair_mask, other=0.0)
+    value = tl.load(values + source + columns, mask=inside[:, None] & (columns < HEAD), other=0.0)
+    return inside, k_left, k_right, value
+
+
+@triton.jit
 def _attend_tile(
     q_left, q_right, k_left, k_right, value, inside, scale, peak, total, acc, PRECISION: tl.constexpr
 ):  # fmt: skip
@@ -75,14 +91,23 @@ def _few_kernel(
         at_left = tl.where(pair < PAIRS, pair, pair + PAIRS)
         at_right = tl.where(pair < PAIRS, pair + PAIRS, pair + half)
     columns = tl.arange(0, HEAD_PAD)[None, :]
-    token = begin + tl.arange(0, N)
-    inside = token < end
-    block = tl.load(table + row * table_stride + token // BLOCK_SIZE, mask=inside, other=0)
-    source = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE)[:, None] * HEAD
-    pair_mask = inside[:, None] & (pair < half)
-    k_left = tl.load(keys + source + at_left, mask=pair_mask, other=0.0)
-    k_right = tl.load(keys + source + at_right, mask=pair_mask, other=0.0)
-    value = tl.load(values + source + columns, mask=inside[:, None] & (columns < HEAD), other=0.0)
+    line_of = table + row * table_stride
+    inside, k_left, k_right, value = _load_tile(
+        keys,
+        values,
+        line_of,
+        kv_head,
+        begin,
+        end,
+        at_left,
+        at_right,
+        pair < half,
+        columns,
+        KV_HEADS,
+        HEAD,
+        BLOCK_SIZE,
+        N,
+    )
     c = tl.load(cos + position * PAIRS + pair, mask=(pair < PAIRS) & (position >= 0), other=1.0)
     s = tl.load(sin + position * PAIRS + pair, mask=(pair < PAIRS) & (position >= 0), other=0.0)
     if OVERLAP:
@@ -102,14 +127,22 @@ def _few_kernel(
     acc = tl.zeros([M, HEAD_PAD], tl.float32)
     peak, total, acc = _attend_tile(q_left, q_right, k_left, k_right, value, inside, scale, peak, total, acc, PRECISION)
     for place in range(begin + N, end, N):
-        token = place + tl.arange(0, N)
-        inside = token < end
-        block = tl.load(table + row * table_stride + token // BLOCK_SIZE, mask=inside, other=0)
-        source = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE)[:, None] * HEAD
-        pair_mask = inside[:, None] & (pair < half)
-        k_left = tl.load(keys + source + at_left, mask=pair_mask, other=0.0)
-        k_right = tl.load(keys + source + at_right, mask=pair_mask, other=0.0)
-        value = tl.load(values + source + columns, mask=inside[:, None] & (columns < HEAD), other=0.0)
+        inside, k_left, k_right, value = _load_tile(
+            keys,
+            values,
+            line_of,
+            kv_head,
+            place,
+            end,
+            at_left,
+            at_right,
+            pair < half,
+            columns,
+            KV_HEADS,
+            HEAD,
+            BLOCK_SIZE,
+            N,
+        )
         peak, total, acc = _attend_tile(
             q_left, q_right, k_left, k_right, value, inside, scale, peak, total, acc, PRECISION
         )
@@ -118,7 +151,7 @@ def _few_kernel(
         new_left, new_right = _turn(k_source, k_weight, at_left, at_right, pair < half, c, s, eps, HEAD, NORM, HALF)
         v_source = line + ((GROUP + 1) * KV_HEADS + kv_head) * HEAD
         new_value = tl.load(v_source + columns, mask=columns < HEAD, other=0.0)
-        own_block = tl.load(table + row * table_stride + position // BLOCK_SIZE)
+        own_block = tl.load(line_of + position // BLOCK_SIZE)
         home = ((own_block * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE) * HEAD
         tl.store(keys + home + at_left, new_left, mask=pair < half)
         tl.store(keys + home + at_right, new_right, mask=pair < half)
