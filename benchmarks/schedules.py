@@ -74,7 +74,7 @@ def speed_schedules(device: str) -> list[tuple[str, Schedule, str]]:
         return [(s.name, s, SPLIT) for s in (*LOCKSTEP, PATIENT, *AHEAD)]
     synchronous, *others = [(s.name, s, HYBRID) for s in (*LOCKSTEP, PATIENT)]
     ahead = [(s.name, s, SPLIT) for s in AHEAD]
-    # What the marks are about comes first: a call on a lent machine may end early, and the next one goes on.
+    # What the marks are about comes first: a machine may be there for a short time, and the next run goes on.
     return [synchronous, others[-1], *ahead[:2], *others[:-1], *ahead[2:], ("synchronous, split", SYNCHRONOUS, SPLIT)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -158,11 +159,16 @@ async def _until_first_failure(controller: Controller) -> None:
         if isinstance(error, Exception):
             error = _with_both_sides(error, controller, await _rescue(controller))
         raise error from None
+    except asyncio.CancelledError:  # Ctrl-C; a second one waits for nothing
+        if (saved := await _rescue(controller)) is not None:
+            print(f"asystem: what was trained is in checkpoints/step-{saved:06d}", file=sys.stderr)
+        raise
 
 
 async def _rescue(controller: Controller) -> int | None:
     """Saves training where its ranks still stand and have trained; returns the step, None = nothing was saved."""
-    if controller.version or controller.config.training.warmup.steps:
+    config = controller.config
+    if config.checkpoint.at_end and (controller.version or config.training.warmup.steps):
         with suppress(Exception):  # of two failures the first one counts
             return await controller.trainers.save(None, None)
     return None

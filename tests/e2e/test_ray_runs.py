@@ -16,6 +16,7 @@ import pytest
 from conftest import Run, metrics
 
 from asystem.tracking import is_timing
+from asystem.training.checkpoint import read_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = ("steps=10000", "training.warmup.steps=0")
@@ -122,6 +123,8 @@ def test_ctrl_c_ends_everything_and_keeps_the_run(recipe: Path, environment: dic
     assert process.returncode == 130
     assert err.splitlines()[-1] == "asystem: interrupted"
     assert summary(recipe)["status"] == "interrupted"
+    saved = err.splitlines()[-2].removeprefix("asystem: what was trained is in ")
+    assert read_manifest(recipe.parent.parent / "runs" / "larger" / "latest" / saved)
     wait_for(lambda: not left_over(environment), 15, "the end of Ray's processes")
 
 
