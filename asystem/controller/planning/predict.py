@@ -55,7 +55,7 @@ def generation_seconds(
     """
     rollouts = -(-work.rollouts // replicas)
     steps = rollouts * work.new / batch
-    read = weights + batch * (work.prompt + work.new / 2) * token_bytes
+    read = weights + batch * (work.prompt / work.group + work.new / 2) * token_bytes  # a group's prompt is read once
     flops = batch * pass_flops(spec, 1, work.prompt + work.new / 2, 1, backward=False)
     step = max(read / (COPY * card.bandwidth), flops / (MATH * card.flops)) + DECODE_OVERHEAD
     prompts = -(-rollouts // work.group)
