@@ -40,28 +40,29 @@ class PackedAttention:
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, starts: Sequence[int] | None = None) -> None:
         self.cu_seqlens = cu_seqlens
         self.max_seqlen = max_seqlen
-        runs = [] if starts is None else _runs(starts)
-        self._runs = runs if any(run.is_dense for run in runs) else None
-        # On CUDA only float32 needs them, and reading the lengths would wait for the device.
-        self._buckets = None if cu_seqlens.is_cuda else _Buckets(cu_seqlens.tolist(), cu_seqlens.device)
+        self._starts = starts
+        # On CUDA only float32 needs them.
+        self._buckets = None if cu_seqlens.is_cuda else self._make_buckets(cu_seqlens.device)
+        runs = _runs(starts) if starts is not None and cu_seqlens.is_cuda else []
+        self._runs: list[tuple[_Run, Tensor]] | None = None  # each with its sequences' starts within it, for all layers
+        if any(run.is_dense for run in runs):
+            self._runs = [(run, cu_seqlens[run.first : run.last + 1] - run.start) for run in runs]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, d], k and v [T, Hk, d] -> [T, Hq, d]."""
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             if self._runs is not None and _cudnn_is_quicker(q.device, q.shape[-1]):
-                return torch.cat([self._attend_run(run, q, k, v) for run in self._runs])
+                parts = [_attend_run(*run, q, k, v) for run in self._runs]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
             starts, longest = self.cu_seqlens, self.max_seqlen
             return varlen_attention(q, k, v, starts, starts, longest, longest)
         if self._buckets is None:
-            self._buckets = _Buckets(self.cu_seqlens.tolist(), q.device)
+            self._buckets = self._make_buckets(q.device)
         return self._buckets.attend(q, k, v)
 
-    def _attend_run(self, run: _Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x[run.start : run.stop] for x in (q, k, v))
-        if run.is_dense:
-            return dense_attention(q, k, v, run.last - run.first)
-        starts = self.cu_seqlens[run.first : run.last + 1] - run.start
-        return varlen_attention(q, k, v, starts, starts, LONG, LONG)
+    def _make_buckets(self, device: torch.device) -> _Buckets:
+        """Reads the lengths off the device only where the host does not know them."""
+        return _Buckets(self.cu_seqlens.tolist() if self._starts is None else self._starts, device)
 
 
 class _Run(NamedTuple):
@@ -87,6 +88,13 @@ def _runs(starts: Sequence[int]) -> list[_Run]:
             runs.append(_Run(starts[first], starts[last], first, last, is_dense))
         first = last
     return runs
+
+
+def _attend_run(run: _Run, starts: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x[run.start : run.stop] for x in (q, k, v))
+    if run.is_dense:
+        return dense_attention(q, k, v, run.last - run.first)
+    return varlen_attention(q, k, v, starts, starts, LONG, LONG)
 
 
 @cache

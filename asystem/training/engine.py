@@ -157,7 +157,7 @@ class TrainEngine:
         policy.eval()  # without dropout, as generation
         if reference:  # which chooses its own experts, as it did when it was the model
             micro = [replace(packed, routing=None) for packed in micro]
-        results = [policy(packed) for packed in [packed.to(self.device) for packed in self._padded(micro)]]
+        results = [policy(packed) for packed in self._padded(micro)]
         policy.train(not reference)
         self._leave_blocks()
         if self.world_size > 1:
@@ -179,8 +179,7 @@ class TrainEngine:
             CapacityError: a micro-batch will not fit in the GPU's memory; says which size would.
         """
         self._check_fits(micro)
-        # All now: a later copy would wait for the work that is queued before it.
-        padded = [packed.to(self.device) for packed in self._padded(micro)]
+        padded = self._padded(micro)
         stats = Stats()
         losses: list[Tensor] = []
         self.balance.start(sum(len(packed.tokens) for packed in micro))
@@ -254,13 +253,14 @@ class TrainEngine:
         self._fitting = tokens
 
     def _padded(self, micro: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """As many micro-batches as the rank with the most has."""
+        """As many micro-batches as the rank with the most has, on the device. All at once: a later copy would wait for
+        the work that is queued before it."""
         if self.world_size == 1:
-            return list(micro)
+            return [packed.to(self.device) for packed in micro]
         count = torch.tensor(len(micro), device=self.device)
         dist.all_reduce(count, dist.ReduceOp.MAX)
         idle = pack_one([Sample(prompt_tokens=[0], tokens=[0], token_weight=0.0)])
-        return [*micro, *[idle] * (int(count) - len(micro))]
+        return [packed.to(self.device) for packed in [*micro, *[idle] * (int(count) - len(micro))]]
 
     def _finish_step(self, stats: Stats, losses: list[float], micro: Sequence[PackedBatch]) -> None:
         lr = self.lr.at(self.steps)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asystem.generation.kernels.launch import overlaps
+from asystem.generation.kernels.layers import rotated_pairs
 from asystem.generation.kernels.linear import MOST_ROWS
 
 _KEYS = 64  # a tile; a part is at least one
@@ -85,29 +86,13 @@ def _few_kernel(
     begin = split * span
     end = tl.minimum(begin + span, position)
     pair, half = tl.arange(0, HALF)[None, :], HEAD // 2
-    if half == PAIRS:
-        at_left, at_right = pair, pair + half
-    else:  # those that are rotated, i with i + PAIRS, then the rest
-        at_left = tl.where(pair < PAIRS, pair, pair + PAIRS)
-        at_right = tl.where(pair < PAIRS, pair + PAIRS, pair + half)
+    at_left, at_right = rotated_pairs(pair, HEAD, PAIRS)
     columns = tl.arange(0, HEAD_PAD)[None, :]
     line_of = table + row * table_stride
     inside, k_left, k_right, value = _load_tile(
-        keys,
-        values,
-        line_of,
-        kv_head,
-        begin,
-        end,
-        at_left,
-        at_right,
-        pair < half,
-        columns,
-        KV_HEADS,
-        HEAD,
-        BLOCK_SIZE,
-        N,
-    )
+        keys, values, line_of, kv_head, begin, end, at_left, at_right, pair < half, columns, KV_HEADS, HEAD,
+        BLOCK_SIZE, N,
+    )  # fmt: skip
     c = tl.load(cos + position * PAIRS + pair, mask=(pair < PAIRS) & (position >= 0), other=1.0)
     s = tl.load(sin + position * PAIRS + pair, mask=(pair < PAIRS) & (position >= 0), other=0.0)
     if OVERLAP:
@@ -128,21 +113,9 @@ def _few_kernel(
     peak, total, acc = _attend_tile(q_left, q_right, k_left, k_right, value, inside, scale, peak, total, acc, PRECISION)
     for place in range(begin + N, end, N):
         inside, k_left, k_right, value = _load_tile(
-            keys,
-            values,
-            line_of,
-            kv_head,
-            place,
-            end,
-            at_left,
-            at_right,
-            pair < half,
-            columns,
-            KV_HEADS,
-            HEAD,
-            BLOCK_SIZE,
-            N,
-        )
+            keys, values, line_of, kv_head, place, end, at_left, at_right, pair < half, columns, KV_HEADS, HEAD,
+            BLOCK_SIZE, N,
+        )  # fmt: skip
         peak, total, acc = _attend_tile(
             q_left, q_right, k_left, k_right, value, inside, scale, peak, total, acc, PRECISION
         )

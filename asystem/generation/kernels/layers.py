@@ -115,6 +115,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 @triton.jit
+def rotated_pairs(columns, HEAD: tl.constexpr, PAIRS: tl.constexpr):
+    """Where the two numbers of each pair of a head lie: those that are rotated, i with i + PAIRS, then the rest."""
+    half: tl.constexpr = HEAD // 2
+    if half == PAIRS:
+        left, right = columns, columns + half
+    else:
+        left = tl.where(columns < PAIRS, columns, columns + PAIRS)
+        right = tl.where(columns < PAIRS, columns + PAIRS, columns + half)
+    return left, right
+
+
+@triton.jit
 def _rotary_write_kernel(
     qkv, q_weight, k_weight, cos, sin, lengths, table, keys, values, table_stride, eps,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
@@ -133,11 +145,7 @@ def _rotary_write_kernel(
     half: tl.constexpr = HEAD // 2
     mask = (columns < half) & (heads < Q_HEADS + 2 * KV_HEADS)
     is_q, is_v = heads < Q_HEADS, heads >= Q_HEADS + KV_HEADS
-    if half == PAIRS:
-        at_left, at_right = columns, columns + half
-    else:  # those that are rotated, i with i + PAIRS, then the rest
-        at_left = tl.where(columns < PAIRS, columns, columns + PAIRS)
-        at_right = tl.where(columns < PAIRS, columns + PAIRS, columns + half)
+    at_left, at_right = rotated_pairs(columns, HEAD, PAIRS)
     source = qkv + (row * (Q_HEADS + 2 * KV_HEADS) + heads) * HEAD
     raw_left = tl.load(source + at_left, mask=mask, other=0.0)
     raw_right = tl.load(source + at_right, mask=mask, other=0.0)
