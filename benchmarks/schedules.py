@@ -1,6 +1,7 @@
 """The schedule study: synchronous, C3PO++ and asynchronous RL side by side; how fast, and how well they learn.
 
     python benchmarks/schedules.py --part speed --device cuda   W2 on one GPU, runs one after another
+    python benchmarks/schedules.py --part speed --device cuda --ranks 2     on two: hybrid against split placement
     python benchmarks/schedules.py --part speed                 its small twin over Ray on two CPU cores
     python benchmarks/schedules.py --part learning --jobs 2     recipes/c3po with each schedule and seed, on CPU cores
     python benchmarks/schedules.py --part floor                 what the schedules' arithmetic allows, simulated
@@ -18,7 +19,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import record
@@ -49,12 +50,14 @@ LEARNING_BUDGET, LEARNING_STEPS = 1_900, 100  # Φ: what 256 responses have in t
 EQUAL = 175_000  # tokens trained at which accuracies are compared
 FOLDER = record.FOLDER
 SPLIT, HYBRID = "placement=split runtime=ray", "placement=hybrid runtime=inline"
+PLANNED = "as planned"
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("speed", "learning", "floor", "page"), required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs of a speed run (processes, with --device cpu)")
     parser.add_argument("--jobs", type=int, default=1, help="learning runs at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=10, help="measured steps of a speed run")
@@ -68,8 +71,10 @@ def parse() -> argparse.Namespace:
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def speed_schedules(device: str) -> list[tuple[str, Schedule, str]]:
+def speed_schedules(device: str, ranks: int) -> list[tuple[str, Schedule, str]]:
     """(name, schedule, where it runs). On one GPU lockstep shares the weights, and what runs ahead has half of it."""
+    if ranks > 1:
+        return list(placed(ranks))
     if device == "cpu":
         return [(s.name, s, SPLIT) for s in (*LOCKSTEP, PATIENT, *AHEAD)]
     synchronous, *others = [(s.name, s, HYBRID) for s in (*LOCKSTEP, PATIENT)]
@@ -78,17 +83,35 @@ def speed_schedules(device: str) -> list[tuple[str, Schedule, str]]:
     return [synchronous, others[-1], *ahead[:2], *others[:-1], *ahead[2:], ("synchronous, split", SYNCHRONOUS, SPLIT)]
 
 
+def placed(ranks: int) -> Iterator[tuple[str, Schedule, str]]:
+    """The same on several GPUs: all of them hybrid, some for training and the others for generation, and as planned."""
+    hybrid = f"placement=hybrid runtime=ray training.ranks={ranks} generation.ranks={ranks}"
+    schedules = [SYNCHRONOUS, PATIENT, *AHEAD[:2]]
+    yield SYNCHRONOUS.name, SYNCHRONOUS, hybrid
+    for trainers in dict.fromkeys((ranks // 2, max(1, ranks // 4))):
+        split = f"placement=split runtime=ray training.ranks={trainers} generation.ranks={ranks - trainers}"
+        for schedule in reversed(schedules):
+            yield f"{schedule.name}, {trainers} + {ranks - trainers}", schedule, split
+    yield from ((schedule.name, schedule, hybrid) for schedule in schedules[1:])
+    yield from ((f"{s.name}, {PLANNED}", s, "placement=auto runtime=ray") for s in (SYNCHRONOUS, AHEAD[0]))
+
+
 def speed(args: argparse.Namespace) -> None:
     workload = GPU if args.device == "cuda" else CPU
     recipe = write_recipe(args.out, workload)
-    for name, schedule, where in speed_schedules(args.device):
+    for name, schedule, where in speed_schedules(args.device, args.ranks):
         if args.only and name not in args.only:
             continue
         overrides = [f"recipe={recipe}", *where.split(), *workload.keys(), *schedule.overrides(workload.budget),
                      f"steps={skipped(schedule, args) + args.steps}", "checkpoint.at_end=false"]  # fmt: skip
         threads = 8 if args.device == "cuda" else 1
-        start_all([Run(args.out / f"speed-{args.device}" / slug(name), overrides, threads)], jobs=1)
+        start_all([Run(speed_folder(args) / slug(name), overrides, threads)], jobs=1)
         write_results(args, "W2", speed_rows(args))
+
+
+def speed_folder(args: argparse.Namespace) -> Path:
+    folder: Path = args.out / (f"speed-{args.device}" + f"-x{args.ranks}" * (args.ranks > 1))
+    return folder
 
 
 def skipped(schedule: Schedule, args: argparse.Namespace) -> int:
@@ -98,10 +121,12 @@ def skipped(schedule: Schedule, args: argparse.Namespace) -> int:
 
 def speed_rows(args: argparse.Namespace) -> list[Row]:
     figures = {}
-    for name, schedule, _ in speed_schedules(args.device):
-        run = Run(args.out / f"speed-{args.device}" / slug(name), [])
+    of_schedule: dict[Schedule, dict[str, float]] = {}  # trained tokens/s by name
+    for name, schedule, _ in speed_schedules(args.device, args.ranks):
+        run = Run(speed_folder(args) / slug(name), [])
         if run.finished:
             figures[name] = speed_figures(run.folder, skipped(schedule, args))
+            of_schedule.setdefault(schedule, {})[name] = figures[name]["trained"]
     label, rows = "W2" if args.device == "cuda" else "W2's twin", []
     units = {
         "step_seconds": ("step", "s", "lower"),
@@ -126,6 +151,12 @@ def speed_rows(args: argparse.Namespace) -> list[Row]:
                 note = "trained tokens a second, over synchronous"
                 value = found[key] / base[key]
                 rows.append(row(f"{label}: {name}: speed-up, {what}", value, "times", mark=mark, note=note))
+    for rates in of_schedule.values():
+        for name in (name for name in rates if name.endswith(PLANNED)):
+            if by_hand := {other: rate for other, rate in rates.items() if other != name}:
+                best = max(by_hand, key=by_hand.__getitem__)
+                value, note = rates[name] / by_hand[best], f"trained tokens a second, over those of {best}"
+                rows.append(row(f"{label}: {name}: over the best by hand", value, "times", mark=0.95, note=note))
     return rows
 
 
@@ -221,6 +252,8 @@ def write_results(args: argparse.Namespace, part: str, found: list[Row]) -> None
 
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
         name = record.slug(device)
+    if args.ranks > 1:
+        device, name = f"{args.ranks} x {device}", f"{name}-x{args.ranks}"
     path = args.results / f"c3po-{name}.json"
     before = json.loads(path.read_text())["rows"] if path.is_file() else []
     others = [r for r in before if not r["name"].startswith(part)]

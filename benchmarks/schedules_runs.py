@@ -84,7 +84,7 @@ class Workload:
 
 GPU = Workload(64, 8, 128, 256, 4096, (
     "device=cuda", "model=qwen3_0_6b", "generation.kv_tokens=320000", "rollout.slice_steps=32",
-    "training.micro_batch_tokens=8192", "training.recompute=selective",
+    "training.micro_batch_tokens=16384",
 ))  # fmt: skip
 CPU = Workload(8, 8, 16, 32, 512, ("device=cpu", "model=tiny", "rollout.slice_steps=16"))
 

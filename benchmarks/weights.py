@@ -49,12 +49,21 @@ PUBLISHED = (  # of papers and READMEs: GB, seconds
 
 @dataclass(frozen=True)
 class Case:
-    """One way from training to generation; ``ranks`` on either side, with more than one FSDP to tensor parallelism."""
+    """One way from training to generation; ``ranks`` on either side, with more than one FSDP to tensor parallelism.
+
+    Attributes:
+        gpus: that a rank of training owns, and one of generation.
+    """
 
     transport: Transport
     device: str
     ranks: int = 1
-    gpus: float = 0.0
+    gpus: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def is_mapped_over_a_link(self) -> bool:
+        """Whether generation reads another card's memory, all of it."""
+        return self.transport is Transport.ipc and self.gpus == (1.0, 1.0)
 
     @property
     def label(self) -> str:
@@ -197,6 +206,14 @@ class Receiver(Rank):
         self.inbox.read(store.get_many(weights))
         return time.perf_counter() - start
 
+    @remote(Dispatch.BROADCAST, Collect.FIRST)
+    async def measure_map(self, weights: Sequence[Ref[Published]]) -> float:
+        """Bytes a second of a plain copy out of training's buffer."""
+        (payload,) = store.get_many(weights)
+        block = payload.buffer.flat()[:LINK_BYTES]
+        here = torch.empty_like(block)
+        return block.nbytes / self.best(lambda: here.copy_(block))
+
     @remote(Dispatch.BROADCAST, Collect.SUM)
     async def held_bytes(self) -> int:
         """Of all ranks: what is sent, of which some have the same."""
@@ -231,7 +248,12 @@ async def publish(sender: Sender, receiver: Receiver, verify: int, turns: int) -
     return best
 
 
-async def both_links(sender: Sender, receiver: Receiver) -> float:
+async def link_rate(sender: Sender, receiver: Receiver, case: Case) -> float:
+    """Of one pair of ranks; 0 where training and generation share a device."""
+    if case.is_mapped_over_a_link:
+        return await receiver.measure_map([ref for ref, _ in await sender.export(0)])
+    if case.transport is not Transport.nccl:
+        return 0.0
     rates = await asyncio.gather(sender.measure_link(), receiver.measure_link())
     return min(rates)
 
@@ -239,9 +261,9 @@ async def both_links(sender: Sender, receiver: Receiver) -> float:
 @contextmanager
 def groups(config: ModelConfig, case: Case, args: argparse.Namespace) -> Iterator[tuple[Sender, Receiver]]:
     with make_runtime(runtime_config(args), PlacementConfig()) as runtime:
-        common: dict[str, Any] = {"ranks": case.ranks, "runtime": runtime, "gpus": case.gpus}
-        sender = spawn(Sender, config, case, name="trainers", collective=case.ranks > 1, **common)
-        receiver = spawn(Receiver, config, case, name="generators", **common)
+        common: dict[str, Any] = {"ranks": case.ranks, "runtime": runtime}
+        sender = spawn(Sender, config, case, name="trainers", collective=case.ranks > 1, gpus=case.gpus[0], **common)
+        receiver = spawn(Receiver, config, case, name="generators", gpus=case.gpus[1], **common)
         yield sender, receiver
 
 
@@ -253,15 +275,16 @@ def runtime_config(args: argparse.Namespace) -> RuntimeConfig:
 def measure(name: str, case: Case, args: argparse.Namespace) -> list[Row]:
     """The figures of one model over one transport."""
     rows: list[Row] = []
-    label, is_stream = f"{name}, {case.label}", case.transport is Transport.nccl
+    label = f"{name}, {case.label}"
     with groups(config_of(name), case, args) as (sender, receiver):
         times = {verify: asyncio.run(publish(sender, receiver, verify, args.turns)) for verify in (0, 1)}
         copied = asyncio.run(sender.copy_rate())
         rows.append(row(f"{label}: a copy on the device", copied / 1e9, "GB/s", note="bytes copied"))
-        link = asyncio.run(both_links(sender, receiver)) if is_stream else 0.0
+        link = asyncio.run(link_rate(sender, receiver, case))
         sent = asyncio.run(receiver.held_bytes())
-        if is_stream:
-            rows.append(row(f"{label}: the link", link * case.ranks / 1e9, "GB/s", note="plain sends of 256 MiB"))
+        if link:
+            plain = "copies" if case.is_mapped_over_a_link else "sends"
+            rows.append(row(f"{label}: the link", link * case.ranks / 1e9, "GB/s", note=f"plain {plain} of 256 MiB"))
         checking = asyncio.run(sender.checksum_seconds()) if case.ranks == 1 else None
     for verify, found in times.items():
         rows += figures(
@@ -293,16 +316,20 @@ def figures(
     is_gpu, is_stream = case.device == "cuda", case.transport is Transport.nccl
     note = f"{found.size / 1e9:.3g} GB in {found.whole * 1e3:.3g} ms, of them the ranks' work {found.work * 1e3:.3g} ms"
     yield row(label, found.size / found.whole / 1e9, "GB/s", note=note)
-    pause_mark = PAUSE_MARK if is_marked and is_gpu and not is_stream and name == "qwen3_0_6b" else None
+    shares_a_card = case.transport is Transport.ipc and case.gpus[0] < 1 and case.ranks == 1
+    pause_mark = PAUSE_MARK if is_marked and shares_a_card and name == "qwen3_0_6b" else None
     yield row(f"{label}: generation's pause", found.pause * 1e3, "ms", mark=pause_mark, better="lower")
     if is_stream:
         mark = GPU_MARK if is_marked and is_gpu else None
         yield row(f"{label}: of the link", floor / found.work, "1", mark=mark)
-    elif is_gpu:
+    elif case.is_mapped_over_a_link:
+        mark = GPU_MARK if is_marked else None
+        yield row(f"{label}: the pause's copy, of the link", floor / found.pause, "1", mark=mark)
+    elif is_gpu and case.ranks == 1:
         mark = GPU_MARK if is_marked and case.transport is Transport.ipc else None
         yield row(f"{label}: both copies, of a copy", 2 * found.size / found.work / copied, "1", mark=mark)
         yield row(f"{label}: the pause's copy, of a copy", found.size / found.pause / copied, "1")
-    else:
+    elif not is_gpu:
         mark = CPU_MARK if is_marked and case.transport is Transport.shared_memory else None
         yield row(f"{label}: of a copy", found.size / found.whole / copied, "1", mark=mark)
 
@@ -313,10 +340,12 @@ def cases(args: argparse.Namespace, num_gpus: int) -> list[Case]:
         found = [Case(t, "cpu") for t in (Transport.shared_memory, Transport.store, Transport.nccl)]
         found += [Case(Transport.nccl, "cpu", ranks=2)] if args.tiny else []
     else:
-        half = 0.5 if num_gpus == 1 else 1.0  # two processes share an only one
-        found = [Case(Transport.ipc, "cuda", gpus=half), Case(Transport.shared_memory, "cuda", gpus=half)]
-        found += [Case(Transport.nccl, "cuda", gpus=1.0)] if num_gpus > 1 else []
-        found += [Case(Transport.nccl, "cuda", ranks=2, gpus=1.0)] if num_gpus > 3 else []
+        own = (1.0, 1.0) if num_gpus > 1 else (0.5, 0.5)  # two processes share an only one
+        found = [Case(Transport.ipc, "cuda", gpus=own), Case(Transport.shared_memory, "cuda", gpus=own)]
+        found += [Case(Transport.nccl, "cuda", gpus=own)] if num_gpus > 1 else []
+        # Two cards with a rank of either side each: half of what a rank takes is on its own card.
+        found += [Case(Transport.ipc, "cuda", ranks=2, gpus=(0.6, 0.4))] if num_gpus == 2 else []
+        found += [Case(Transport.nccl, "cuda", ranks=2, gpus=own)] if num_gpus > 3 else []
     return [case for case in found if not args.transports or case.transport.value in args.transports]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,12 @@ import torch
 
 from asystem.config import Config, ModelConfig, Transport
 from asystem.controller.run import train
-from asystem.errors import ConfigError
+from asystem.errors import AsystemError, ConfigError
+from asystem.spmd import Collect, Dispatch, remote
+from asystem.state import Published
+from asystem.training import export_checkpoint
+from asystem.types import Ref, Trajectory
+from asystem.workers import GenerateWorker
 
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -43,3 +51,32 @@ def test_nccl_between_two_halves_of_a_gpu_is_refused(small_run: Config) -> None:
     small_run.device, small_run.weights.transport = "cuda", Transport.nccl
     with pytest.raises(ConfigError, match="two ranks share one here: use ipc"):
         train(small_run)
+
+
+class Killed(GenerateWorker):
+    """Its process is killed when it is to take version 1 over."""
+
+    @remote(Dispatch.BROADCAST, Collect.FIRST)
+    async def load_weights(
+        self, weights: Sequence[Ref[Published]], version: int, probe: bool = False
+    ) -> Ref[list[Trajectory]] | None:
+        if version == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return await super().load_weights(weights, version, probe)
+
+
+def test_a_killed_generator_is_named_and_the_next_run_starts_with_what_was_trained(
+    small_run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_run.device, small_run.model = "cuda", ModelConfig(num_layers=2)
+    small_run.generation.kv_tokens, small_run.runtime.deadline_seconds = 4096, 30.0
+    run_dir = Path(small_run.run_dir or "")
+    with monkeypatch.context() as patch:
+        patch.setattr("asystem.controller.run.GenerateWorker", Killed)
+        with pytest.raises(AsystemError, match=r"generators rank 0.*died.*which saved checkpoints/step-000001"):
+            train(small_run)
+    saved = run_dir / "checkpoints" / "step-000001"
+    export_checkpoint(saved, run_dir / "model")
+    small_run.run_dir, small_run.steps = str(run_dir.with_name("next")), 2
+    small_run.model.path = str(run_dir / "model")
+    assert train(small_run)["steps"] == 2
