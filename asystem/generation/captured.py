@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from asystem.generation.crowds import ALONE, CrowdTable, Sharing, power_of_two
 from asystem.generation.kernels.attention import Tiling, decode_attention
+from asystem.generation.kernels.chosen import can_route, chosen_experts, route
 from asystem.generation.kernels.few import FewRows
 from asystem.generation.kernels.grouped import grouped_tiles
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
@@ -29,6 +30,7 @@ from asystem.generation.runner import EagerRunner, StepContext, head_logits
 from asystem.generation.sampler import sample, uniform
 from asystem.generation.scheduler import Prefill
 from asystem.models.decoder import MLP, Block, Decoder, RMSNorm
+from asystem.models.moe import Experts, MoE
 from asystem.models.quantized import QuantizedLinear
 
 _MOST_SPLITS = 32
@@ -202,9 +204,19 @@ def _mlp(block: Block, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """What the block's MLP or experts make of norm(x + y), and x + y."""
     if not isinstance(block.mlp, MLP):
         hidden = add_rms_norm(x, y, block.mlp_norm.weight, block.mlp_norm.eps)
-        return block.reduce(block.mlp(hidden, grouped_tiles)), x
+        return block.reduce(_mixture(block.mlp, hidden)), x
     gated, x = _norm_project(x, y, block.mlp_norm, block.mlp.gate_up_proj, gate=True)
     return block.reduce(_project(block.mlp.down_proj, gated)), x
+
+
+def _mixture(moe: MoE, x: Tensor) -> Tensor:
+    experts = moe.experts
+    if len(x) > MOST_ROWS or type(experts) is not Experts or experts.exchange is not None:
+        out: Tensor = moe(x, grouped_tiles)
+        return out
+    shares, chosen = moe.router(x, kernel=route) if can_route(moe.router) else moe.router(x)
+    out = chosen_experts(x, shares, chosen, experts.gate_up, experts.down)
+    return out if moe.shared is None else out + moe.shared(x)
 
 
 def _project(module: nn.Module, x: Tensor) -> Tensor:

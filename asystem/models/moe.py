@@ -37,6 +37,7 @@ class Routed(NamedTuple):
     chosen: Tensor
 
 
+RouterKernel = Callable[["Router", Tensor], tuple[Tensor, Tensor]]
 Watch = Callable[[Tensor, Routed], Tensor]  # weights [T, top_k] -> the same; may hang losses on their gradient
 
 
@@ -57,12 +58,20 @@ class Router(nn.Module):
         self.watch: Watch | None = None
         self.register_parameter("bias", nn.Parameter(torch.zeros(moe.num_experts)) if moe.has_bias else None)
 
-    def forward(self, x: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        x: Tensor,
+        given: Tensor | None = None,
+        kernel: Callable[[Router, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """x [T, D] -> weights [T, top_k] float32, chosen [T, top_k] int64.
 
         Args:
             given: [T, top_k], the experts to take in the place of the router's own choice, where they are not negative.
+            kernel: computes the same, where nothing is given and no gradient is wanted.
         """
+        if kernel is not None:
+            return kernel(self, x)
         logits = F.linear(x.float(), self.weight.float())
         scores = logits.softmax(-1) if self.moe.score == "softmax" else logits.sigmoid()
         own = self._choose(scores)

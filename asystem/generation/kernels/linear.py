@@ -10,66 +10,102 @@ from torch import Tensor
 from asystem.generation.kernels.launch import overlaps
 
 MOST_ROWS = 4  # beyond, a library's product on the matrix units is as good
-_ELEMENTS = 8192  # of products that one program holds
-_MOST_K = 4096  # of the inner size at a time
+LANES = 256  # numbers of a row that a warp reads at once
+_MOST_K = 4096  # of the inner size, where a program norms a row by itself
 _MOST_OUT = 1 << 15  # larger outputs (the head) reach the bandwidth in cuBLAS too
 
 
 @triton.jit
+def input_tile(x, y, gain, scale, source, columns, there, dtype: tl.constexpr, NORM: tl.constexpr):
+    """What a tile of weights meets: numbers of a row, or of RMSNorm(x + y), rounded as the model rounds."""
+    value = tl.load(x + source, mask=there, other=0.0).to(tl.float32)
+    if NORM:
+        value = (value + tl.load(y + source, mask=there, other=0.0).to(tl.float32)).to(dtype).to(tl.float32)
+        value *= scale * tl.load(gain + columns, mask=there, other=0.0).to(tl.float32)
+        value = value.to(dtype).to(tl.float32)
+    return value
+
+
+@triton.jit
+def silu_times(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up, rounded where the model rounds: after the product, and after silu."""
+    gate = gate.to(dtype).to(tl.float32)
+    return (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _skinny_kernel(
-    x, y, gain, weight, scales, bias, total_out, out, n, k, eps,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr,
-    SWIGLU: tl.constexpr, NORM: tl.constexpr, OVERLAP: tl.constexpr,
+    x, y, gain, weight, scales, bias, total_out, out, n, eps,
+    K: tl.constexpr, BATCH: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, ALL: tl.constexpr,
+    LANES: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, SWIGLU: tl.constexpr, NORM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, K)
-    batch = tl.arange(0, BATCH)
-    place = row[:, None].to(tl.int64) * k + column[None, :]
-    mask = (row < n)[:, None] & (column < k)[None, :]
-    first = tl.load(weight + place, mask=mask, other=0.0)
-    second = first
-    if SWIGLU:
-        second = tl.load(weight + n.to(tl.int64) * k + place, mask=mask, other=0.0)
+    # A warp computes two outputs by itself, so that warps never wait for each other: the tiles [WARPS, PARTS, LANES]
+    # lie so that a warp has a row of weights, and all of the input.
+    dtype: tl.constexpr = out.dtype.element_ty
+    row = tl.program_id(0) * (WARPS if SWIGLU else 2 * WARPS) + tl.arange(0, WARPS)
+    other = row + (n if SWIGLU else WARPS)
+    lane = tl.arange(0, LANES)[None, None, :]
+    column = tl.zeros([WARPS, PARTS, LANES], tl.int32) + (tl.arange(0, PARTS) * LANES)[None, :, None] + lane
+    place = row[:, None, None].to(tl.int64) * K + column
+    other_place = other[:, None, None].to(tl.int64) * K + column
+    inside = (row < n)[:, None, None]
+    other_inside = (other < (2 * n if SWIGLU else n))[:, None, None]
+    first = tl.load(weight + place, mask=inside & (column < K), other=0.0)
+    second = tl.load(weight + other_place, mask=other_inside & (column < K), other=0.0)
     # No kernel of the step writes weights: they are on their way before the input is there.
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()  # what follows reads weights first, too
         tl.extra.cuda.gdc_wait()
-    source = batch[:, None] * k + column[None, :]
-    source_mask = (column < k)[None, :]
-    value = tl.load(x + source, mask=source_mask, other=0.0).to(tl.float32)
-    if NORM:  # all of a row is here; each program does it again, which is cheaper than a launch of its own
-        value += tl.load(y + source, mask=source_mask, other=0.0).to(tl.float32)
-        rounded = value.to(out.dtype.element_ty)
-        tl.store(total_out + source, rounded, mask=(column < tl.where(tl.program_id(0) == 0, k, 0))[None, :])
-        value = rounded.to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(value * value, 1) / k + eps)
-        value *= scale[:, None] * tl.load(gain + column, mask=column < k, other=0.0).to(tl.float32)[None, :]
-        value = value.to(out.dtype.element_ty).to(tl.float32)
-    value = value[:, None, :]
-    total = tl.sum(value * first.to(tl.float32)[None, :, :], 2)
-    up = total
-    if SWIGLU:
-        up = tl.sum(value * second.to(tl.float32)[None, :, :], 2)
-    for start in range(K, k, K):
-        there = (column < k - start)[None, :]
-        value = tl.load(x + source + start, mask=there, other=0.0).to(tl.float32)[:, None, :]
-        first = tl.load(weight + place + start, mask=mask & there, other=0.0)
-        total += tl.sum(value * first.to(tl.float32)[None, :, :], 2)
+    norms = ()
+    if NORM:  # each warp does it again, which is cheaper than a launch
+        wide = tl.zeros([WARPS, ALL, LANES], tl.int32) + (tl.arange(0, ALL) * LANES)[None, :, None] + lane
+        for b in tl.static_range(BATCH):
+            value = tl.load(x + b * K + wide, mask=wide < K, other=0.0).to(tl.float32)
+            value += tl.load(y + b * K + wide, mask=wide < K, other=0.0).to(tl.float32)
+            rounded = value.to(dtype)
+            tl.store(total_out + b * K + wide, rounded, mask=(wide < K) & (row == 0)[:, None, None])
+            value = rounded.to(tl.float32)
+            norms = norms + (1.0 / tl.sqrt(tl.sum(tl.sum(value * value, 1), 1) / K + eps),)  # type: ignore[assignment]  # noqa: RUF005 (Triton)
+    totals = ()
+    ups = ()
+    for start in tl.static_range(0, K, PARTS * LANES):
+        there = column + start < K
+        now, also = first, second
+        if start + PARTS * LANES < K:  # what comes next is on its way meanwhile
+            later = column + (start + PARTS * LANES)
+            first = tl.load(weight + row[:, None, None].to(tl.int64) * K + later, mask=inside & (later < K), other=0.0)
+            second = tl.load(
+                weight + other[:, None, None].to(tl.int64) * K + later, mask=other_inside & (later < K), other=0.0
+            )
+        sums = ()
+        more = ()
+        for b in tl.static_range(BATCH):
+            scale = norms[b][:, None, None] if NORM else 1.0
+            value = input_tile(x, y, gain, scale, b * K + start + column, start + column, there, dtype, NORM)
+            one = tl.sum(value * now.to(tl.float32), 1)
+            two = tl.sum(value * also.to(tl.float32), 1)
+            if start > 0:
+                one += totals[b]
+                two += ups[b]
+            sums = sums + (one,)  # type: ignore[assignment]  # noqa: RUF005
+            more = more + (two,)  # type: ignore[assignment]  # noqa: RUF005
+        totals = sums
+        ups = more
+    for b in tl.static_range(BATCH):
+        one = tl.sum(totals[b], 1)
+        two = tl.sum(ups[b], 1)
+        if SCALED:
+            one *= tl.load(scales + row, mask=row < n, other=0.0)
+            two *= tl.load(scales + other, mask=other < (2 * n if SWIGLU else n), other=0.0)
+        if BIAS:
+            one += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)
+            two += tl.load(bias + other, mask=other < (2 * n if SWIGLU else n), other=0.0).to(tl.float32)
         if SWIGLU:
-            second = tl.load(weight + n.to(tl.int64) * k + place + start, mask=mask & there, other=0.0)
-            up += tl.sum(value * second.to(tl.float32)[None, :, :], 2)
-    if SCALED:
-        total *= tl.load(scales + row, mask=row < n, other=0.0)[None, :]
-        if SWIGLU:
-            up *= tl.load(scales + n + row, mask=row < n, other=0.0)[None, :]
-    if BIAS:
-        total += tl.load(bias + row, mask=row < n, other=0.0).to(tl.float32)[None, :]
-    if SWIGLU:
-        # Rounded where the model rounds: after the product, and after silu.
-        gate = total.to(out.dtype.element_ty).to(tl.float32)
-        silu = (gate / (1.0 + tl.exp(-gate))).to(out.dtype.element_ty).to(tl.float32)
-        total = silu * up.to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + batch[:, None] * n + row[None, :], total.to(out.dtype.element_ty), mask=(row < n)[None, :])
+            one = silu_times(one, two, dtype)
+        else:
+            tl.store(out + b * n + other, two.to(dtype), mask=other < n)
+        tl.store(out + b * n + row, one.to(dtype), mask=row < n)
 
 
 def is_skinny(x: Tensor, weight: Tensor) -> bool:
@@ -113,12 +149,21 @@ def _launch(
     (batch, k), n = x.shape, weight.shape[0] // (2 if swiglu else 1)
     out = x.new_empty(batch, n)
     total = x if y is None else torch.empty_like(x)
-    block = min(triton.next_power_of_2(k), _MOST_K)
-    rows = max(1, _ELEMENTS // (batch * block * (2 if swiglu else 1)))
+    warps, parts = tile_of(n, k)
+    programs = triton.cdiv(n, warps if swiglu else 2 * warps)
     overlap = overlaps(x.device)
-    _skinny_kernel[(triton.cdiv(n, rows),)](
+    _skinny_kernel[(programs,)](
         x, x if y is None else y, x if gain is None else gain, weight, x if scale is None else scale,
-        x if bias is None else bias, total, out, n, k, eps, BATCH=batch, ROWS=rows, K=block, SCALED=scale is not None,
-        BIAS=bias is not None, SWIGLU=swiglu, NORM=y is not None, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+        x if bias is None else bias, total, out, n, eps, K=k, BATCH=batch, WARPS=warps, PARTS=parts,
+        ALL=triton.next_power_of_2(triton.cdiv(k, LANES)), LANES=LANES, SCALED=scale is not None,
+        BIAS=bias is not None, SWIGLU=swiglu, NORM=y is not None, OVERLAP=overlap, num_warps=warps, launch_pdl=overlap,
     )  # fmt: skip
     return out, total
+
+
+def tile_of(n: int, k: int) -> tuple[int, int]:
+    """Warps of a program, for n outputs, and parts of a row of k numbers that it reads at once: few enough that the
+    device has several programs a multiprocessor, parts that leave little of a row over."""
+    warps = 4 if n >= 2048 else 2
+    parts = next(parts for parts in (4, 2, 1) if k % (parts * LANES) == 0 or parts == 1)
+    return warps, parts

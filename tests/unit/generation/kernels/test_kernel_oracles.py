@@ -13,12 +13,15 @@ pytest.importorskip("triton")
 
 from asystem.generation.kernels import reference
 from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_attention
+from asystem.generation.kernels.chosen import can_route, chosen_experts, route
 from asystem.generation.kernels.grouped import grouped_tiles
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
 from asystem.generation.kernels.linear import linear, norm_linear
 from asystem.generation.kernels.sampling import draw
 from asystem.generation.rows import FULL, RUNNING, STOPPED, Rows
 from asystem.generation.sampler import sample, stream_key, uniform
+from asystem.models import MoESpec, init_weights
+from asystem.models.moe import MoE, Router, grouped_linear
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
@@ -134,6 +137,41 @@ def test_grouped_tiles(dtype: torch.dtype, counts: list[int], size: int, width: 
     weight = torch.randn(len(counts), width, size, device=device, dtype=dtype) * size**-0.5
     want = torch.cat([rows @ matrix.T for rows, matrix in zip(x.split(counts), weight, strict=True)])
     assert_close(grouped_tiles(x, weight, ends), want)
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoESpec(5, 2, 8),
+        MoESpec(16, 4, 8, normalize=False, scaling=1.5),
+        MoESpec(16, 3, 8, score="sigmoid", groups=4, top_groups=2, has_bias=True, scaling=2.5),
+    ],
+)
+def test_route(dtype: torch.dtype, moe: MoESpec, device: torch.device) -> None:
+    router = Router(300, moe).to(device, dtype).requires_grad_(False)
+    torch.nn.init.normal_(router.weight, std=0.1)
+    if router.bias is not None:
+        torch.nn.init.normal_(router.bias, std=0.1)
+    x = torch.randn(3, 300, device=device, dtype=dtype)
+    assert can_route(router)
+    for got, want in zip(router(x, kernel=route), router(x), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", dtypes())
+@pytest.mark.parametrize(("rows", "top_k"), [(1, 2), (4, 3)])
+@pytest.mark.parametrize(("size", "inner"), [(96, 200), (1024, 36)])
+def test_experts_of_few_rows(
+    dtype: torch.dtype, rows: int, top_k: int, size: int, inner: int, device: torch.device
+) -> None:
+    moe = MoE(size, MoESpec(5, top_k, inner), None)
+    init_weights(moe, 0, std=size**-0.5)
+    moe = moe.to(device, dtype).requires_grad_(False)
+    x = torch.randn(rows, size, device=device, dtype=dtype)
+    shares, chosen = moe.router(x)
+    got = chosen_experts(x, shares, chosen, moe.experts.gate_up, moe.experts.down)
+    assert_close(got, moe.experts(x, shares, chosen, grouped_linear))
 
 
 @pytest.mark.parametrize("dtype", dtypes())
