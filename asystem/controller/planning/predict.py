@@ -90,11 +90,20 @@ def training_seconds(
     if recompute is not Recompute.none:
         again = shape if recompute is Recompute.full else (shape[0], 0.0, 0.0)
         flops += pass_flops(spec, *again, backward=False)
-    passes = -(-int(rollouts * length) // micro)
+    passes, _ = evened(work, config, ranks, micro)
     sent = passes * 8 * spec.num_parameters * (ranks - 1) / ranks  # weights twice in 2 bytes, gradients in 4
     seconds = max(flops / (MATH * card.flops), sent / card.link) + passes * MICRO_OVERHEAD
     updates = config.training.minibatches
     return seconds + updates * (2 * state_bytes / (COPY * card.bandwidth) + host_bytes / card.bus)
+
+
+def evened(work: Workload, config: Config, ranks: int, micro: int) -> tuple[int, int]:
+    """How many micro-batches a step has on each of ``ranks``, and the tokens of the largest, where all rollouts are
+    equally long: as few as ``micro`` tokens allow, evened out (`data.packing`)."""
+    length, updates = work.prompt + work.new, config.training.minibatches
+    rows = -(-work.rollouts // (ranks // config.training.tensor_parallel * updates))
+    passes = -(-rows // max(1, micro // length))
+    return updates * passes, -(-rows // passes) * length
 
 
 def _extra_passes(config: Config) -> int:

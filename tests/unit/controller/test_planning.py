@@ -12,6 +12,8 @@ from asystem.cli import main
 from asystem.compose import load_config
 from asystem.config import Config, PlacementKind, Recompute, RuntimeKind, Sleep
 from asystem.controller.planning import Choice, Estimator, Plan, Workload, make_plan, plan_run, resolve, settings
+from asystem.controller.planning.predict import evened
+from asystem.data.packing import plan_bins
 from asystem.errors import CapacityError, ConfigError
 from asystem.generation.memory import plan_memory
 from asystem.memory import GIB, card_named, machine_of
@@ -154,6 +156,34 @@ def test_mean_lengths_shrink_a_step() -> None:
     assert short.work == Workload(256, 8, 64, 128)
     assert short.best.step < long.best.step / 2
     assert Workload.of(load_config(["recipe=quickstart"])).rollouts == 250, "a window of Φ tokens"
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "micro", "ranks", "updates", "expected"),
+    [
+        (256, 32_768, 1, 1, (6, 27_520)),  # 51 sequences of 640 fit, so that 5 micro-batches lack room for the last one
+        (256, 8192, 1, 1, (22, 7680)),
+        (64, 32_768, 1, 1, (2, 20_480)),
+        (64, 32_768, 2, 1, (1, 20_480)),
+        (256, 32_768, 1, 2, (6, 27_520)),  # each update has 3 of 128 sequences
+        (64, 512, 1, 1, (64, 640)),  # longer than the limit: each stands alone
+    ],
+)
+def test_micro_batches_are_those_of_packing(
+    rollouts: int, micro: int, ranks: int, updates: int, expected: tuple[int, int]
+) -> None:
+    config = w1("qwen3_0_6b", f"training.minibatches={updates}")
+    assert evened(Workload(rollouts, 8, 128, 512), config, ranks, micro) == expected
+    bins = plan_bins([640] * (rollouts // ranks // updates), micro)
+    assert (updates * len(bins), 640 * max(map(len, bins))) == expected
+
+
+def test_a_size_is_what_its_micro_batches_fill() -> None:
+    """64 rollouts of 640 tokens under a limit of 32,768 are two micro-batches of 20,480, so that is the limit."""
+    config, machine = w1("qwen3_0_6b", "rollout.capacity=64"), machine_of(1, card="H200")
+    assert plan_run(config, machine).best.choice.micro == 20_480
+    half = plan_run(config, machine, prompt=64, new=256).best.choice.micro
+    assert half == 64 * 320 + 320, "one micro-batch, and room for rollouts longer than the mean"
 
 
 def test_the_command_prints_json_and_words(capsys: pytest.CaptureFixture[str]) -> None:
