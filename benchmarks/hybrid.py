@@ -33,6 +33,7 @@ from torch import Tensor
 
 from asystem.config import Config, PlacementKind, RuntimeKind, Sleep
 from asystem.controller.planning import Plan, Workload, make_plan, settings
+from asystem.controller.planning.choices import CONTEXT
 from asystem.data.batch import Batch, BatchRow
 from asystem.memory import GIB, AMem, MappedRegion, can_map, this_machine
 from asystem.models import Decoder, init_weights, spec_from_config
@@ -382,7 +383,8 @@ def rows_of(case: Case, result: dict[str, Any]) -> list[Row]:
     for role, measured in result["roles"].items():
         rows.append(row(f"{case.name}: {role}", measured / GIB, "GiB", better="lower", note=_role(role, result)))
     if "context" in result:
-        rows.append(row(f"{case.name}: context", result["context"] / GIB, "GiB", better="lower", note="planned 0.6"))
+        note = f"planned {CONTEXT / GIB:.2f}"
+        rows.append(row(f"{case.name}: context", result["context"] / GIB, "GiB", better="lower", note=note))
     return rows
 
 

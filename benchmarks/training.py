@@ -31,7 +31,7 @@ from record import Row, cpu_name, row, show, write
 from asystem.config import LoraConfig, Recompute, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack
 from asystem.models import Decoder, ModelSpec, init_weights
-from asystem.training import TrainEngine, supervised_loss, train_memory
+from asystem.training import TrainEngine, TrainingPlan, supervised_loss
 from asystem.training.flops import product_rate, train_flops
 
 GIB = 2**30
@@ -152,12 +152,14 @@ def run_case(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+    largest = max(len(packed.tokens) for packed in micro)  # packing evens them out
     flops = {frozen: train_flops(spec, micro, frozen=frozen) for frozen in (False, True)}
     return {
         "times": times[2:],
         "flops": flops[cfg.lora.rank > 0],
         "flops_all": flops[False],
-        "planned": train_memory(spec, cfg, dtype=dtype).total,
+        "planned": TrainingPlan(spec, cfg, dtype=dtype).of(largest).total,
+        "largest": largest,
         "reserved": torch.cuda.max_memory_reserved() if cuda else None,
         "allocated": torch.cuda.max_memory_allocated() if cuda else None,
     }
@@ -207,6 +209,7 @@ def rows_of(case: Case, result: dict[str, Any] | str, rate: float) -> list[Row]:
         rows.append(row(f"{case.title}: MFU, frozen weights counted as trained", counted, "1"))
     if result["reserved"] is not None:
         allocated = f"{result['allocated'] / GIB:.2f} GiB of it in tensors, planned {result['planned'] / GIB:.2f}"
+        allocated += f" for {result['largest']:,} tokens"
         peak = round(result["reserved"] / GIB, 2)
         rows.append(row(f"{case.title}: peak", peak, "GiB", mark=case.gib, better="lower", note=allocated))
     return rows

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 from asystem.config import Config, Master, Optimizer, PlacementKind, Recompute, RuntimeKind, Sleep, Transport
 from asystem.controller.planning.choices import Choice, Estimate, Estimator
-from asystem.controller.planning.predict import Workload, generation_seconds, training_seconds
+from asystem.controller.planning.predict import Workload, evened, generation_seconds, training_seconds
 from asystem.errors import CapacityError
 from asystem.memory import GIB, Machine
 from asystem.models import ModelSpec
+from asystem.training.memory import STEP
 
 LARGEST_MICRO = 32_768  # tokens; beyond it nothing gets quicker
 RECOMPUTE = (Recompute.none, Recompute.selective, Recompute.full)
@@ -136,12 +137,13 @@ def _choices(config: Config, machine: Machine, work: Workload, pinned: bool) -> 
     training = config.training
     layouts: Iterable[tuple[PlacementKind, int, int]] = _layouts(config, machine)
     recomputes: tuple[Recompute, ...] = RECOMPUTE
-    sizes = _sizes(config, work)
     if pinned:
         layouts = [(config.placement.kind, training.ranks, config.generation.ranks)]
     if pinned or not machine.is_gpu:
-        recomputes, sizes = (training.recompute,), [training.micro_batch_tokens]
+        recomputes = (training.recompute,)
     for kind, trainers, generators in layouts:
+        free = machine.is_gpu and not pinned
+        sizes = _sizes(config, work, trainers) if free else [training.micro_batch_tokens]
         offloads = {training.offload_optimizer}
         if trainers == 1 and machine.is_gpu and not pinned:
             offloads.add(True)
@@ -161,12 +163,18 @@ def _sleeps(config: Config, kind: PlacementKind, machine: Machine) -> tuple[bool
     return (wanted is Sleep.always,)
 
 
-def _sizes(config: Config, work: Workload) -> list[int]:
-    """Micro-batches: powers of two that hold the longest sequence, and the recipe's own."""
+def _sizes(config: Config, work: Workload, trainers: int) -> list[int]:
+    """Micro-batches: powers of two that hold the longest sequence, and the recipe's own, each lowered to what as many
+    micro-batches fill, evened out.
+
+    Lowered here, not only planned for: a step whose responses end early may fill fewer micro-batches, to the limit.
+    """
     longest = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     sizes = {size for power in range(10, 16) if longest <= (size := 2**power) <= LARGEST_MICRO}
-    useful = max(longest, work.tokens)
-    return sorted({min(size, -(-useful // 64) * 64) for size in sizes | {config.training.micro_batch_tokens}})
+    varied = longest - work.prompt - work.new  # mean lengths need room for longer ones
+    sizes |= {config.training.micro_batch_tokens}
+    filled = {size: evened(work, config, trainers, size)[1] + varied for size in sizes}
+    return sorted({min(size, -(-tokens // STEP) * STEP) for size, tokens in filled.items()})
 
 
 def _candidate(estimator: Estimator, choice: Choice, work: Workload) -> Candidate:

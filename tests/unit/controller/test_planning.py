@@ -11,7 +11,19 @@ import torch
 from asystem.cli import main
 from asystem.compose import load_config
 from asystem.config import Config, PlacementKind, Recompute, RuntimeKind, Sleep
-from asystem.controller.planning import Choice, Estimator, Plan, Workload, make_plan, plan_run, resolve, settings
+from asystem.controller.planning import (
+    Choice,
+    Estimator,
+    Plan,
+    Workload,
+    make_plan,
+    plan_run,
+    predict,
+    resolve,
+    settings,
+)
+from asystem.controller.planning.predict import evened, training_seconds
+from asystem.data.packing import plan_bins
 from asystem.errors import CapacityError, ConfigError
 from asystem.generation.memory import plan_memory
 from asystem.memory import GIB, card_named, machine_of
@@ -154,6 +166,74 @@ def test_mean_lengths_shrink_a_step() -> None:
     assert short.work == Workload(256, 8, 64, 128)
     assert short.best.step < long.best.step / 2
     assert Workload.of(load_config(["recipe=quickstart"])).rollouts == 250, "a window of Φ tokens"
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "micro", "ranks", "updates", "expected"),
+    [
+        (256, 32_768, 1, 1, (6, 27_520)),  # 51 sequences of 640 fit, so that 5 micro-batches lack room for the last one
+        (256, 8192, 1, 1, (22, 7680)),
+        (64, 32_768, 1, 1, (2, 20_480)),
+        (64, 32_768, 2, 1, (1, 20_480)),
+        (256, 32_768, 1, 2, (6, 27_520)),  # each update has 3 of 128 sequences
+        (64, 512, 1, 1, (64, 640)),  # longer than the limit: each stands alone
+    ],
+)
+def test_micro_batches_are_those_of_packing(
+    rollouts: int, micro: int, ranks: int, updates: int, expected: tuple[int, int]
+) -> None:
+    config = w1("qwen3_0_6b", f"training.minibatches={updates}")
+    assert evened(Workload(rollouts, 8, 128, 512), config, ranks, micro) == expected
+    bins = plan_bins([640] * (rollouts // ranks // updates), micro)
+    assert (updates * len(bins), 640 * max(map(len, bins))) == expected
+
+
+def test_a_size_is_what_its_micro_batches_fill() -> None:
+    """64 rollouts of 640 tokens under a limit of 32,768 are two micro-batches of 20,480, so that is the limit."""
+    config, machine = w1("qwen3_0_6b", "rollout.capacity=64"), machine_of(1, card="H200")
+    assert plan_run(config, machine).best.choice.micro == 20_480
+    half = plan_run(config, machine, prompt=64, new=256).best.choice.micro
+    assert half == 64 * 320 + 320, "one micro-batch, and room for rollouts longer than the mean"
+
+
+def seconds_of(config: Config, micro: int, recompute: Recompute) -> float:
+    """Of training's passes on an H200, without its update."""
+    spec, card = spec_from_config(config.model), machine_of(1, card="H200").card
+    return training_seconds(
+        spec, card, Workload.of(config), config, ranks=1, micro=micro, recompute=recompute, state_bytes=0, host_bytes=0
+    )
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the H200 on which the figures below were taken, whatever a block takes of the host by now."""
+    monkeypatch.setattr(predict, "HOST_BLOCK", 3.7e-3)
+    monkeypatch.setattr(predict, "HOST_BLOCK_LORA", 5.2e-3)
+
+
+def test_small_micro_batches_take_the_hosts_time_for_their_blocks(host: None) -> None:
+    """An H200 took 2.31 s for W1 at 8k a micro-batch, and 4.1 for 4B with adapters at 2k."""
+    config = w1("qwen3_0_6b")
+    products = 591.4e12 / (0.45 * 989e12)
+    assert seconds_of(config, 32_768, Recompute.none) == pytest.approx(products + 6 * 0.03, rel=0.001)
+    assert seconds_of(config, 16_384, Recompute.none) == pytest.approx(products + 11 * 0.03, rel=0.001)
+    assert seconds_of(config, 8192, Recompute.none) == pytest.approx(22 * 28 * 3.7e-3)
+    adapters = w1("qwen3_4b", "training=lora", "rollout.capacity=64")
+    small = seconds_of(adapters, 2048, Recompute.none)
+    assert small == pytest.approx(22 * 36 * 5.2e-3)
+    assert seconds_of(adapters, 20_480, Recompute.full) < 0.6 * small, "two, for which the host has time"
+
+
+def test_recompute_buys_micro_batches_that_the_host_keeps_up_with(host: None) -> None:
+    adapters = w1("qwen3_4b", "training=lora", "training.lora.rank=16", "rollout.capacity=64")
+    h200 = machine_of(1, card="H200")
+    capped = replace(h200, card=replace(h200.card, memory=24 * GIB))
+    found = make_plan(adapters, spec_from_config(adapters.model), capped)
+    assert (found.best.choice.recompute, found.best.choice.micro) == (Recompute.full, 20_480)
+    without = next(c for knob, value, c in found.others if (knob, value) == ("recompute", "none"))
+    assert without.choice.micro == 1920 and without.seconds["training"] > 1.5 * found.best.seconds["training"]
+    slower = plan(adapters, 1, 24).best.choice
+    assert (slower.recompute, slower.micro) == (Recompute.none, 1920), "a 4090's products take longer than its host"
 
 
 def test_the_command_prints_json_and_words(capsys: pytest.CaptureFixture[str]) -> None:
