@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -28,11 +29,12 @@ import numpy as np
 import torch
 from record import Row, cpu_name, row, show, write
 
-from asystem.config import LoraConfig, Recompute, TrainingConfig
+from asystem.config import Config, LoraConfig, Recompute, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack
 from asystem.models import Decoder, ModelSpec, init_weights
 from asystem.training import TrainEngine, TrainingPlan, supervised_loss
 from asystem.training.flops import product_rate, train_flops
+from asystem.workers.build import training_environment
 
 GIB = 2**30
 PROMPT = 128
@@ -168,7 +170,10 @@ def run_case(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
 def child(title: str, args: argparse.Namespace) -> dict[str, Any] | str:
     """The result of a case in a process of its own, or why there is none."""
     command = [sys.executable, __file__, "--child", title, "--device", args.device, "--repeats", str(args.repeats)]
-    done = subprocess.run(command + ["--tiny"] * args.tiny, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **training_environment(Config())}
+    done = subprocess.run(
+        command + ["--tiny"] * args.tiny, capture_output=True, text=True, env=environment, check=False
+    )
     if done.returncode == 0:
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return result

@@ -23,7 +23,7 @@ from asystem.spmd import make_runtime, spawn
 from asystem.tracking import Tracker, new_run_dir
 from asystem.training import export_checkpoint, find_checkpoint
 from asystem.workers import FinetuneWorker
-from asystem.workers.build import check_model
+from asystem.workers.build import check_model, training_environment
 
 
 def finetune(config: Config) -> dict[str, Any]:
@@ -49,6 +49,7 @@ def finetune(config: Config) -> dict[str, Any]:
                 runtime=runtime,
                 replica_ranks=config.training.tensor_parallel,
                 gpus=0.0 if config.device == "cpu" else 1.0,
+                environment=training_environment(config),
             )
             loop = Finetuner(config, trainers, data, tracker)
             asyncio.run(loop.run())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from asystem.algorithms import choose
-from asystem.config import Config, PlacementKind
+from asystem.config import Config, PlacementKind, RuntimeKind, Transport
 from asystem.controller.loop import Controller
 from asystem.controller.planning import resolve
 from asystem.data.task import load_task
@@ -23,7 +23,7 @@ from asystem.spmd import Runtime, make_runtime, spawn
 from asystem.state import choose_transport
 from asystem.tracking import Tracker, new_run_dir
 from asystem.workers import GenerateWorker, HybridWorker, RewardWorker, TrainWorker
-from asystem.workers.build import check_model
+from asystem.workers.build import check_model, training_environment
 
 
 def train(config: Config, make_controller: Callable[..., Controller] = Controller) -> dict[str, Any]:
@@ -103,6 +103,7 @@ def spawn_groups(config: Config, runtime: Runtime, run_dir: Path) -> tuple[Train
         return hybrid, hybrid, rewarders
     transport = choose_transport(config, gpus=gpus if runtime.num_gpus else 0.0, one_host=runtime.one_host)
     config = replace(config, weights=replace(config.weights, transport=transport))
+    shared = transport is Transport.ipc or config.runtime.kind is RuntimeKind.inline
     trainers = spawn(
         TrainWorker,
         config,
@@ -112,6 +113,7 @@ def spawn_groups(config: Config, runtime: Runtime, run_dir: Path) -> tuple[Train
         runtime=runtime,
         replica_ranks=training.tensor_parallel,
         gpus=gpus,
+        environment=training_environment(config, shared=shared),
     )
     generators = spawn(
         GenerateWorker,

@@ -39,6 +39,7 @@ def spawn(
     replica_ranks: int = 1,
     cpus: float | None = None,
     gpus: float | None = None,
+    environment: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> W:
     """Starts a group of workers and returns it, typed as one of them. It does not wait: the first call does.
@@ -50,6 +51,7 @@ def spawn(
             first one's answer counts (but for `Collect.GATHER`).
         cpus: logical CPUs that each rank reserves; null = next to none, as ranks may share cores.
         gpus: GPUs that each rank owns; null = as the worker type says.
+        environment: variables for the processes of the ranks, where nobody has set them.
 
     Raises:
         ConfigError: there is no room for the group.
@@ -70,6 +72,7 @@ def spawn(
         cpus=0.001 if cpus is None else cpus,
         gpus=worker_type.gpus if gpus is None else gpus,
         threads=config.threads_per_rank,
+        environment=environment or {},
         patience_seconds=max(config.start_seconds, config.deadline_seconds),
     )
     group = Group(spec, runtime.start_group(spec), runtime)

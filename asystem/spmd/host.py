@@ -26,6 +26,7 @@ class GroupSpec:
         replica_ranks: so many ranks in a row act as one worker: they get equal calls, and the first one answers.
         cpus, gpus: what each rank takes of its node.
         threads: torch threads of each rank.
+        environment: variables of each rank's process, where nobody has set them.
         patience_seconds: after which forming a process group, and a collective whose peers do not come, fail.
     """
 
@@ -39,6 +40,7 @@ class GroupSpec:
     cpus: float
     gpus: float
     threads: int
+    environment: dict[str, str]
     patience_seconds: float
 
 

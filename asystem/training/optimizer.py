@@ -103,10 +103,7 @@ class MasterOptimizer:
         """
         if self._sums is not None:
             self._sums.wait()
-        if self._ranks is None:
-            norm = float(get_total_norm(list(self._gradients.values())))
-        else:
-            norm = self._ranks.settle(self._gradients)
+        norm = self._norm() if self._ranks is None else self._ranks.settle(self._gradients)
         if math.isfinite(norm):
             self._steps += 1
             scale = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm > 0 else 1.0
@@ -171,6 +168,14 @@ class MasterOptimizer:
             stochastic_round_(local(held), local(held).float() + local(grad), self._noise)
         else:
             held.add_(grad)
+
+    def _norm(self) -> float:
+        if self._sums is None:
+            return float(get_total_norm(list(self._gradients.values())))
+        rest = [grad for name, grad in self._gradients.items() if name not in self._streamed]
+        norms = [norm.float() for norm in torch._foreach_norm(rest)] if rest else []
+        norms += [self._sums.norms[name] for name in self._gradients if name in self._streamed]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def _update_all(self, lr: float, scale: float) -> None:
         """Where all is float32 on the device: few launches for all parameters."""

@@ -105,11 +105,17 @@ class StreamedBlocks:
 
 
 class HostSums:
-    """Sums of gradients in pinned memory, float32, for parameters of a CUDA device."""
+    """Sums of gradients in pinned memory, float32, for parameters of a CUDA device.
+
+    Attributes:
+        norms: by parameter, of its sum, on the device: PyTorch's norm on a CPU adds up a large matrix's squares one
+            after another in float32, which for 50 million of them comes out 0.4 % too small.
+    """
 
     def __init__(self, params: dict[str, nn.Parameter], device: torch.device) -> None:
         self.device = device
         self._sums = {name: torch.empty(p.shape, dtype=torch.float32, pin_memory=True) for name, p in params.items()}
+        self.norms: dict[str, Tensor] = {}
         self._out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._sent: deque[torch.cuda.Event] = deque()
 
@@ -120,6 +126,7 @@ class HostSums:
         grad.record_stream(self._out)
         with torch.cuda.stream(self._out):
             total = grad.float() if first else held.to(self.device, non_blocking=True).add_(grad)
+            (self.norms[name],) = torch._foreach_norm([total])
             held.copy_(total, non_blocking=True)
             self._sent.append(self._out.record_event())
         if len(self._sent) > WAITING:
@@ -127,7 +134,7 @@ class HostSums:
         return held
 
     def wait(self) -> None:
-        """Returns when the host's memory holds all that was added."""
+        """Returns when the host's memory holds all that was added, and norms are known."""
         self._out.synchronize()
         self._sent.clear()
 

@@ -51,6 +51,19 @@ def pick_device(config: Config) -> torch.device:
     return device
 
 
+def training_environment(config: Config, *, shared: bool = False) -> dict[str, str]:
+    """Variables for a process that trains, set before CUDA's allocator is made: segments that grow where they are, so
+    that less of the memory between tensors lies idle. None on CPUs, or where the user has configured the allocator.
+
+    Args:
+        shared: generation works in that process, whose graphs are captured and whose memory sleeps, or reads its memory
+            over CUDA IPC, which takes no handles of such segments.
+    """
+    if shared or config.device == "cpu" or {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & os.environ.keys():
+        return {}
+    return {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """What to compute in. auto, and beside 8-bit weights: bfloat16 on CUDA, float32 on CPU, where bfloat16 products
     have no fast path.

@@ -39,7 +39,7 @@ class Adder(Worker):
 
     @remote(Dispatch.BROADCAST, Collect.ALL)
     async def place(self) -> tuple[str, ...]:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "ADDERS", "HOME")
         return (*(os.environ[name] for name in names), str(torch.get_num_threads()), str("MASTER_PORT" in os.environ))
 
     @remote(Dispatch.SPLIT, Collect.CONCAT)
@@ -121,14 +121,17 @@ def runtime(cluster: None, records: list[CallRecord]) -> Iterator[Runtime]:
 
 
 def adders(runtime: Runtime) -> Adder:
-    return spawn(Adder, 10, name="adders", ranks=2, runtime=runtime)
+    environment = {"ADDERS": "here", "HOME": "kept as it is"}
+    return spawn(Adder, 10, name="adders", ranks=2, runtime=runtime, environment=environment)
 
 
 def test_ranks_form_a_process_group_and_answer_together(runtime: Runtime, records: list[CallRecord]) -> None:
     group = adders(runtime)
 
     async def calls() -> None:
-        assert await group.place() == [("0", "2", "0", "2", "2", "True"), ("1", "2", "1", "2", "2", "True")]
+        assert await group.place() == [
+            (rank, "2", rank, "2", "here", os.environ["HOME"], "2", "True") for rank in ("0", "1")
+        ]
         assert await group.add([1, 2, 3, 4]) == [11, 12, 14, 15]
         assert await group.total() == {"offset": 21, "rank0": 1, "rank1": 1}
         assert await group.reduce() == [21.0, 21.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any
@@ -66,6 +67,8 @@ class InlineRuntime:
                 f"{spec.name} has {spec.ranks} ranks that form a process group, and runtime=inline is one process: "
                 "use runtime=ray, or one rank"
             )
+        for name, value in spec.environment.items():
+            os.environ.setdefault(name, value)
         return [InlineRank(spec, rank) for rank in range(spec.ranks)]
 
     def close(self) -> None:

@@ -56,10 +56,20 @@ class RankActor:
     """The process of one rank.
 
     Args:
+        environment: what the group's processes are to have, where nobody has set it.
         path, folder: the controller's import path and working folder: a rank imports and reads what the controller can.
     """
 
-    def __init__(self, rank: int, ranks: int, threads: int, owns_gpu: bool, path: list[str], folder: str) -> None:
+    def __init__(
+        self,
+        rank: int,
+        ranks: int,
+        threads: int,
+        owns_gpu: bool,
+        environment: dict[str, str],
+        path: list[str],
+        folder: str,
+    ) -> None:
         sys.path += [entry for entry in path if entry not in sys.path]
         if os.path.isdir(folder):
             os.chdir(folder)
@@ -67,6 +77,7 @@ class RankActor:
         # Before torch is imported, which unpickling the worker's type will do. A rank that owns a GPU sees no other.
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0" if owns_gpu else str(rank))
         os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+        os.environ.update({name: value for name, value in environment.items() if name not in os.environ})
         os.environ[ADDRESS_VARIABLE] = get_node_ip_address()
         faulthandler.register(signal.SIGUSR1, file=2, all_threads=False)
         store.use(SharedMemory())
@@ -204,7 +215,7 @@ class RayRuntime:
         for rank in range(spec.ranks):
             where = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
             options = {"num_cpus": spec.cpus, "num_gpus": gpus, "scheduling_strategy": where, "max_restarts": 0}
-            facts = rank, spec.ranks, spec.threads, gpus > 0, path, os.getcwd()
+            facts = rank, spec.ranks, spec.threads, gpus > 0, spec.environment, path, os.getcwd()
             actor = actor_type.options(**options).remote(*facts)
             ranks.append((actor, RayRank(actor)))
         address = ranks[0][0].open_rendezvous.remote() if spec.collective else None

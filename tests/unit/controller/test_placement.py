@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
 import pytest
 import torch
 
-from asystem.config import Config, PlacementKind
-from asystem.controller.run import gpus_of_a_rank
+from asystem.config import Config, PlacementKind, RuntimeConfig, RuntimeKind, Transport
+from asystem.controller.run import gpus_of_a_rank, spawn_groups
 from asystem.errors import ConfigError
+from asystem.spmd.host import GroupSpec
+from asystem.spmd.runtime import OnCall, Rank
 from asystem.workers.build import pick_device
 
 
@@ -46,3 +52,63 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert pick_device(Config()) == torch.device("cpu")
     with pytest.raises(ConfigError, match="device=cuda, and PyTorch sees no GPU here"):
         pick_device(Config(device="cuda"))
+
+
+class _Asked:
+    """A runtime that notes what groups are asked for, and starts none."""
+
+    one_host = True
+    on_call: OnCall | None = None
+
+    def __init__(self, num_gpus: float) -> None:
+        self.num_gpus, self.config = num_gpus, RuntimeConfig()
+        self.specs: dict[str, GroupSpec] = {}
+
+    def start_group(self, spec: GroupSpec) -> Sequence[Rank]:
+        self.specs[spec.name] = spec
+        return []
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> _Asked:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_gpus", "users", "grows"),
+    [
+        ({}, 2, None, True),
+        ({"transport": Transport.store}, 2, None, True),
+        ({"transport": Transport.ipc}, 2, None, False),
+        ({}, 1, None, False),  # two ranks share it, by CUDA IPC
+        ({"kind": PlacementKind.hybrid}, 1, None, False),
+        ({"runtime": RuntimeKind.inline}, 0, None, False),
+        ({"device": "cpu"}, 2, None, False),
+        ({}, 2, "PYTORCH_CUDA_ALLOC_CONF", False),
+        ({}, 2, "PYTORCH_ALLOC_CONF", False),
+    ],
+)
+def test_who_trains_in_segments_that_grow(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    changes: dict[str, object],
+    num_gpus: int,
+    users: str | None,
+    grows: bool,
+) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    if users is not None:
+        monkeypatch.setenv(users, "max_split_size_mb:512")
+    config = Config(device=str(changes.get("device", "auto")))
+    config.placement.kind = PlacementKind(changes.get("kind", PlacementKind.split))
+    config.runtime.kind = RuntimeKind(changes.get("runtime", RuntimeKind.ray))
+    config.weights.transport = Transport(changes.get("transport", Transport.auto))
+    runtime = _Asked(num_gpus)
+    spawn_groups(config, runtime, tmp_path)
+    expected = {"trainers": {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}} if grows else {}
+    assert {name: spec.environment for name, spec in runtime.specs.items() if spec.environment} == expected

@@ -147,9 +147,15 @@ def _stream_to_nobody(pipe: Connection) -> None:
     assert pipe.recv_bytes() == DONE
     pipe.send_bytes(pickle.dumps(outbox.write()))
     with pytest.raises(Exception, match=r"trainers rank 0|generators rank 0"):
-        outbox.settle()
+        _publish_once_more(outbox)
     assert torch.equal(model.embed.weight.cpu(), model_at(0).embed.weight)
     torch.cuda.synchronize()
+
+
+def _publish_once_more(outbox: StreamOutbox) -> None:
+    outbox.settle()  # may succeed: NCCL takes small sends into buffers of its own
+    outbox.write()
+    outbox.settle()
 
 
 def _leave_in_the_middle(pipe: Connection) -> None:

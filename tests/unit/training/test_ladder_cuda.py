@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,14 @@ from asystem.models import Decoder, ModelSpec, init_weights
 from asystem.training import TrainEngine, optimizer, supervised_loss, train_memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _compiles_all() -> Iterator[None]:
+    """Past its limit of eight graphs a function torch.compile runs the next ones eagerly, and would not say so."""
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield
+
 
 MICRO = [[40, 3, 90, 61, 17], [120, 5], [33] * 4]
 
@@ -75,9 +84,17 @@ def test_fewer_bits_learn_as_float32(name: str) -> None:
     assert max(found[-3:]) < 0.2 * found[0] and max(expected[-3:]) < 0.2 * expected[0]
 
 
-@pytest.mark.parametrize("recompute", Recompute)
+@pytest.mark.parametrize("recompute", [Recompute.selective, Recompute.full])
 @pytest.mark.parametrize("rank", [0, 8])
-def test_compiled_and_recomputed_blocks_follow_eager_ones(recompute: Recompute, rank: int) -> None:
+def test_recomputed_blocks_follow_kept_ones(recompute: Recompute, rank: int) -> None:
+    lora = LoraConfig(rank=rank)
+    assert _losses(_engine(lora=lora, recompute=recompute), 9) == pytest.approx(
+        _losses(_engine(lora=lora), 9), rel=0.02
+    )
+
+
+@pytest.mark.parametrize(("recompute", "rank"), [(Recompute.none, 0), (Recompute.full, 0), (Recompute.selective, 8)])
+def test_compiled_blocks_follow_eager_ones(recompute: Recompute, rank: int) -> None:
     lora = LoraConfig(rank=rank)
     compiled = _engine(lora=lora, recompute=recompute, compile=Compile.always)
     assert _losses(compiled, 9) == pytest.approx(_losses(_engine(lora=lora), 9), rel=0.02)
@@ -93,7 +110,6 @@ PLANNED: dict[str, dict[str, Any]] = {
     "offloaded": {"offload_optimizer": True, "recompute": Recompute.full},
     "lora": {"lora": LoraConfig(rank=16)},
     "lora, int8 base": {"lora": LoraConfig(rank=16, base="int8"), "recompute": Recompute.full},
-    "lora, nf4 base": {"lora": LoraConfig(rank=16, base="nf4")},
 }
 
 

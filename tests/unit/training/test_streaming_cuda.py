@@ -19,7 +19,7 @@ from asystem.training import TrainEngine, supervised_loss, train_memory
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 SMALL = ModelSpec("qwen3", 23, 256, 512, 6, 4, 2, 64, qk_norm=True, tie_embeddings=True)
-DEEP = ModelSpec("qwen3", 32_000, 1024, 3072, 24, 16, 4, 64, qk_norm=True, tie_embeddings=True)
+DEEP = ModelSpec("qwen3", 32_000, 1024, 3072, 12, 16, 4, 64, qk_norm=True, tie_embeddings=True)
 MICRO = [[40, 3, 90, 61, 17], [120, 5], [33] * 4]
 CHOICES: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -50,7 +50,9 @@ def _losses(engine: TrainEngine, steps: int) -> list[float]:
 def test_losses_are_those_of_weights_that_stay(tmp_path: Path, name: str) -> None:
     here, there = (_engine(streamed=on, **CHOICES[name]) for on in (False, True))
     # Sums of stochastic masters are bfloat16 where they stay, and float32 on the host.
-    assert _losses(there, 9) == pytest.approx(_losses(here, 9), rel=0.02 if name == "stochastic" else 1e-3, abs=2e-3)
+    found, expected = _losses(there, 9), _losses(here, 9)
+    assert found[:5] == pytest.approx(expected[:5], rel=0.02 if name == "stochastic" else 2e-3, abs=2e-3)
+    assert found == pytest.approx(expected, rel=0.02)  # a last bit that differs grows at this rate
     assert all(p.device.type == "cpu" and p.is_pinned() for p in there.model.layers.parameters())
     there.save(tmp_path / "step-000009")
     resumed = _engine(seed=9, streamed=True, **CHOICES[name])
@@ -75,7 +77,7 @@ def test_a_reference_is_streamed_too() -> None:
 
 @pytest.mark.parametrize("lora", [0, 16])
 def test_the_peak_is_as_planned_and_below_that_of_weights_that_stay(lora: int) -> None:
-    peaks = {}
+    peaks, norms = {}, []
     tokens = 4096
     for streamed in (False, True):
         gc.collect()
@@ -85,11 +87,12 @@ def test_the_peak_is_as_planned_and_below_that_of_weights_that_stay(lora: int) -
         batches = pack(make_samples([2045] * 4), budget=tokens)  # two micro-batches
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()
-            engine.step(batches, supervised_loss)
+            norms.append(engine.step(batches, supervised_loss).to_dict()["train/grad_norm"])
         peaks[streamed] = torch.cuda.max_memory_allocated() - before
         plan = train_memory(DEEP, engine.cfg, dtype=torch.bfloat16)
         assert peaks[streamed] == pytest.approx(plan.total, rel=0.1), f"planned {plan}, measured {peaks[streamed]}"
         del engine
+    assert norms[2] == pytest.approx(norms[0], rel=5e-5)  # of matrices so large that a CPU's norm is 2e-4 too small
     blocks = DEEP.num_parameters - 32_000 * 1024
     saved = 2 * blocks if lora else 6 * blocks  # weights; and where they train, sums of gradients
     assert peaks[False] - peaks[True] > 0.6 * saved
