@@ -124,7 +124,8 @@ class Run:
         command = [sys.executable, "-m", "asystem", "train", *self.overrides, f"run_dir={self.folder}",
                    "tracking=none", "tracking.console=false", "tracking.rollouts=false", "tracking.report=false",
                    f"runtime.threads_per_rank={self.threads}"]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": str(ROOT)}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "PYTHONPATH": path}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no error line"])[-1]
 
