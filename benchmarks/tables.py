@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py
 
-Whatever `benchmarks/results/` has of the studies below is written between their page's markers.
+What `benchmarks/results/` has of the studies below, of GPUs and of the newest day, is written between their page's markers.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ from typing import Any
 from curves import table, write_table
 from record import FOLDER, Row
 
-PAGES = {"generation": "generation.md", "training": "training.md", "hybrid": "placement.md"}
+PAGES = {
+    "generation": "generation.md", "training": "training.md", "hybrid": "placement.md", "weights": "weights.md",
+    "ranks": "gpus.md", "tensor-parallel": "gpus.md",
+}  # fmt: skip
 """By study, the page that has its tables; files of CPUs are told of in words there."""
 WIDEST = 7  # columns; further figures of a case stand in the file alone
 
 
 def main() -> None:
     for study, page in PAGES.items():
-        texts = [of_device(json.loads(path.read_text())) for path in sorted(FOLDER.glob(f"{study}-*.json"))]
-        if texts:
+        found = [json.loads(path.read_text()) for path in sorted(FOLDER.glob(f"{study}-nvidia-*.json"))]
+        newest = max((result["date"] for result in found), default="")
+        if texts := [of_device(result) for result in found if result["date"] == newest]:
             write_table(page, study, "\n\n".join(texts))
 
 

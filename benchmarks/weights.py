@@ -315,7 +315,7 @@ def figures(
     """Rows of some publications; ``floor`` is what the link would need for all that is sent, seconds."""
     is_gpu, is_stream = case.device == "cuda", case.transport is Transport.nccl
     note = f"{found.size / 1e9:.3g} GB in {found.whole * 1e3:.3g} ms, of them the ranks' work {found.work * 1e3:.3g} ms"
-    yield row(label, found.size / found.whole / 1e9, "GB/s", note=note)
+    yield row(f"{label}: rate", found.size / found.whole / 1e9, "GB/s", note=note)
     shares_a_card = case.transport is Transport.ipc and case.gpus[0] < 1 and case.ranks == 1
     pause_mark = PAUSE_MARK if is_marked and shares_a_card and name == "qwen3_0_6b" else None
     yield row(f"{label}: generation's pause", found.pause * 1e3, "ms", mark=pause_mark, better="lower")
@@ -382,7 +382,7 @@ def attempt(label: str, act: Callable[[], list[Row]]) -> list[Row]:
     except Exception as error:
         traceback.print_exc()
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        rows = [row(label, None, "GB/s", note=f"failed: {type(error).__name__}: {reason}")]
+        rows = [row(f"{label}: rate", None, "GB/s", note=f"failed: {type(error).__name__}: {reason}")]
         show(rows)
         return rows
 
@@ -399,7 +399,7 @@ def main() -> None:
                 rows += attempt(f"{name}, {case.label}", lambda name=name, case=case: measure(name, case, args))
                 write_all(args, rows, num_gpus)
     rows += attempt("hybrid placement: bytes copied", hybrid)
-    known = [row(what, gb / seconds, "GB/s", note=f"{gb} GB in {seconds:g} s") for what, gb, seconds in PUBLISHED]
+    known = [row(f"{what}: rate", gb / seconds, "GB/s", note=f"{gb} GB in {seconds:g} s") for what, gb, seconds in PUBLISHED]
     show(known)
     write_all(args, rows + known, num_gpus)
 
