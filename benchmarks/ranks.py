@@ -200,7 +200,13 @@ def work(rank: int, args: argparse.Namespace, port: int) -> None:
             show(told)
         if rank == 0 and args.write:  # after each case: what ends early has shown something
             name = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
-            write("ranks", f"{args.ranks} x {name}", rows, name=f"{slug(name)}-x{args.ranks}", partial=args.only is not None)
+            write(
+                "ranks",
+                f"{args.ranks} x {name}",
+                rows,
+                name=f"{slug(name)}-x{args.ranks}",
+                partial=args.only is not None,
+            )
         torch.compiler.reset()  # each case has graphs of its own, of which torch keeps eight
         gc.collect()
         if device.type == "cuda":

@@ -31,7 +31,7 @@ from asystem.models import Box, Decoder, Shard, init_weights, local_piece, spec_
 from asystem.spmd import Collect, Dispatch, Worker, make_runtime, remote, spawn, store
 from asystem.spmd.exchange import Transfer
 from asystem.state import Inbox, Outbox, Published, StreamInbox, StreamOutbox, Terms
-from asystem.state.checksum import lazy_checksum, settled
+from asystem.state.checksum import lazy_checksums, settled
 from asystem.types import Ref
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,7 +175,7 @@ class Sender(Rank):
         blocks = [parameter.detach() for parameter in self.model.parameters()]
 
         def check() -> None:
-            settled([lazy_checksum(b, Box.whole(tuple(b.shape)), tuple(b.shape)) for b in blocks])
+            settled(lazy_checksums([(b, Box.whole(tuple(b.shape)), tuple(b.shape)) for b in blocks]))
 
         return self.best(check)
 
@@ -399,7 +399,9 @@ def main() -> None:
                 rows += attempt(f"{name}, {case.label}", lambda name=name, case=case: measure(name, case, args))
                 write_all(args, rows, num_gpus)
     rows += attempt("hybrid placement: bytes copied", hybrid)
-    known = [row(f"{what}: rate", gb / seconds, "GB/s", note=f"{gb} GB in {seconds:g} s") for what, gb, seconds in PUBLISHED]
+    known = [
+        row(f"{what}: rate", gb / seconds, "GB/s", note=f"{gb} GB in {seconds:g} s") for what, gb, seconds in PUBLISHED
+    ]
     show(known)
     write_all(args, rows + known, num_gpus)
 

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from asystem.models import Box
 
+Part = tuple[Tensor, Box, tuple[int, ...]]
+"""A block, where it lies, and the shape of its parameter."""
+
 MODULUS = 1 << 32
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _AT_ONCE = 1 << 18  # numbers: a part that stays in a processor's cache
@@ -27,20 +30,31 @@ def checksum(block: Tensor, box: Box, shape: tuple[int, ...]) -> int:
     return settled([lazy_checksum(block, box, shape)])[0]
 
 
-@torch.no_grad()
 def lazy_checksum(block: Tensor, box: Box, shape: tuple[int, ...]) -> Tensor:
     """The same on the block's device, [] int64 and not yet modulo 2^32: nothing waits for it."""
-    if not block.numel():
-        return torch.zeros((), dtype=torch.int64, device=block.device)
-    width = box.shape[-1] if box.shape else 1
-    rows = block.reshape(-1, width).view(_BITS[block.element_size()])
-    row_weights, column_weights = _place_weights(box, shape, block.device)
-    if block.is_cuda:
-        from asystem.state.kernels import weighted_sum
+    return lazy_checksums([(block, box, shape)])[0]
 
-        return weighted_sum(rows, row_weights, column_weights)
+
+@torch.no_grad()
+def lazy_checksums(parts: Sequence[Part]) -> list[Tensor]:
+    """Of blocks on one device; on a GPU in one launch, which a model's some hundred parameters would else wait for."""
+    weighed = [(_bits(block, box), *_place_weights(box, shape, block.device)) for block, box, shape in parts]
+    if parts and parts[0][0].is_cuda:
+        from asystem.state.kernels import weighted_sums
+
+        return weighted_sums(weighed)
+    return [_sum_in_pieces(*each) for each in weighed]
+
+
+def _bits(block: Tensor, box: Box) -> Tensor:
+    """Its rows, [R, W] of integers."""
+    width = box.shape[-1] if box.shape else 1
+    return block.reshape(-1 if block.numel() else 0, width).view(_BITS[block.element_size()])
+
+
+def _sum_in_pieces(rows: Tensor, row_weights: Tensor, column_weights: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64)
-    count = max(1, _AT_ONCE // width)
+    count = max(1, _AT_ONCE // max(1, rows.shape[1]))
     for start in range(0, len(rows), count):
         sums = rows[start : start + count].to(torch.int32).mv(column_weights)  # they wrap around
         total += (sums * row_weights[start : start + count]).sum()
@@ -58,24 +72,25 @@ def settled(sums: Sequence[Tensor]) -> list[int]:
 
 
 class Ledger:
-    """Checksums of both sides, compared all at once."""
+    """Checksums of both sides, compared all at once: numbers, tensors of one, or blocks that stand until then."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
-        self._sides: list[tuple[int, int, int]] = []  # what is known of actual less expected; tensors of either side
-        self._tensors: list[Tensor] = []
+        self._sides: list[tuple[int, int, int]] = []  # what is known of actual less expected; the others of either side
+        self._awaited: list[Tensor | Part] = []
 
-    def add(self, name: str, actual: Sequence[Tensor], expected: Sequence[int | Tensor]) -> None:
+    def add(self, name: str, actual: Sequence[Tensor | Part], expected: Sequence[int | Tensor | Part]) -> None:
         """Enters sums that should be equal."""
-        awaited = [value for value in expected if isinstance(value, Tensor)]
-        known = sum(value for value in expected if not isinstance(value, Tensor))
+        awaited = [value for value in expected if not isinstance(value, int)]
+        known = sum(value for value in expected if isinstance(value, int))
         self._names.append(name)
         self._sides.append((-known, len(actual), len(awaited)))
-        self._tensors += [*actual, *awaited]
+        self._awaited += [*actual, *awaited]
 
     def wrong(self) -> Iterator[str]:
         """The names whose sums differ, in the order in which they were entered."""
-        values = iter(settled(self._tensors))
+        blocks = iter(lazy_checksums([value for value in self._awaited if isinstance(value, tuple)]))
+        values = iter(settled([next(blocks) if isinstance(value, tuple) else value for value in self._awaited]))
         for name, (known, actual, awaited) in zip(self._names, self._sides, strict=True):
             difference = known + sum(next(values) for _ in range(actual)) - sum(next(values) for _ in range(awaited))
             if difference % MODULUS:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from asystem.errors import PublicationError
 from asystem.models import Decoder, plain_parameters, weight_pieces, writing
-from asystem.state.checksum import Ledger, lazy_checksum
+from asystem.state.checksum import Ledger, Part, lazy_checksum, lazy_checksums
 from asystem.state.payload import Pair, Place, WeightPayload, copy_all
 from asystem.state.plan import Layout, Move, plan_moves
 
@@ -51,7 +51,7 @@ class Inbox:
                 if name not in self._plain:
                     copy_all(_pairs_of(moves, parameter, arrived))
                 if arrived.has_checksums:
-                    arrived.compare(name, self._held[name], parameter, ledger)
+                    arrived.compare(name, self._held[name], parameter, ledger, lasting=name in self._plain)
         for name in ledger.wrong():
             arrived.blame(name)
             raise PublicationError(f"{name} is not what was sent: it was written wrongly in generation")
@@ -100,9 +100,14 @@ class Arrived:
         """The numbers that a move brings."""
         return move.source.part(move.box, self._blocks()[move.sender][move.name][1])
 
-    def compare(self, name: str, held: Layout, parameter: Tensor, ledger: Ledger) -> None:
-        """Enters what is held of a parameter, and what its senders had of that, whatever moves brought it."""
-        actual = [lazy_checksum(piece.part(piece.box, parameter), piece.box, held.shape) for piece in held.pieces]
+    def compare(self, name: str, held: Layout, parameter: Tensor, ledger: Ledger, *, lasting: bool) -> None:
+        """Enters what is held of a parameter, and what its senders had of that, whatever moves brought it.
+
+        Args:
+            lasting: the parameter stands until the ledger is read.
+        """
+        parts = [(piece.part(piece.box, parameter), piece.box, held.shape) for piece in held.pieces]
+        actual = parts if lasting else lazy_checksums(parts)
         ledger.add(name, actual, list(self._expected(name, held, parameter.dtype, ledger)))
 
     def blame(self, name: str) -> None:
@@ -118,7 +123,7 @@ class Arrived:
         for rank in transit.wrong():
             raise PublicationError(f"{name} changed on its way from rank {rank} of training")
 
-    def _expected(self, name: str, held: Layout, dtype: torch.dtype, ledger: Ledger) -> Iterator[int | Tensor]:
+    def _expected(self, name: str, held: Layout, dtype: torch.dtype, ledger: Ledger) -> Iterator[int | Tensor | Part]:
         missing = [piece.box for piece in held.pieces]
         for sender, blocks in enumerate(self._blocks()):
             if name not in blocks:
@@ -129,13 +134,14 @@ class Arrived:
                     yield sent
                 else:
                     self._enter_transit(sender, name, ledger, name)
-                    yield lazy_checksum(box.of(block, place.box.start).to(dtype), box, held.shape)
+                    part = box.of(block, place.box.start), box, held.shape
+                    yield part if block.dtype is dtype else lazy_checksum(part[0].to(dtype), *part[1:])
             missing = [left for box in missing for left in box.minus(place.box)]
 
     def _enter_transit(self, sender: int, name: str, ledger: Ledger, entry: str) -> None:
         place, block, sent = self._blocks()[sender][name]
         assert sent is not None, "only what came with checksums is verified"
-        ledger.add(entry, [lazy_checksum(block, place.box, place.shape)], [sent])
+        ledger.add(entry, [(block, place.box, place.shape)], [sent])
 
     def _blocks(self) -> list[dict[str, tuple[Place, Tensor, int | None]]]:
         """By sender and parameter: its place, the block, and the checksum where one came."""

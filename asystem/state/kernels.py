@@ -1,43 +1,71 @@
-"""A Triton kernel for checksums: each number is read once, and nothing is written beside the sum."""
+"""A Triton kernel for checksums: each number is read once, and nothing is written beside the sums."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 4096  # numbers that one program looks at together
+_PROGRAMS = 256  # a block of numbers is looked at by so many; those of small blocks have little or nothing to do
+_ROWS, _COLUMNS = 4, 1024  # a tile
+_VECTOR = 16  # bytes that a thread reads at once where all is aligned
+_DTYPES = {torch.int8: tl.int8, torch.int16: tl.int16, torch.int32: tl.int32}
+
+Weighed = tuple[Tensor, Tensor, Tensor]
+"""Rows [R, W] of int8, int16 or int32 with any stride between rows, and int32 weights [R] and [W]."""
 
 
 @triton.jit
-def _weighted_sum_kernel(bits, row_weights, column_weights, result, rows, width, stride,
-                         ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """One program a few rows. Products and sums wrap around at 32 bits, so their order does not matter."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def _weighted_sums_kernel(
+    table, results, PROGRAMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Products and sums wrap around at 32 bits, so their order does not matter."""
+    entry = table + tl.program_id(1) * 6
+    address, rows, width, stride = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2), tl.load(entry + 3)
+    bits = address.to(tl.pointer_type(DTYPE))
+    if VECTOR > 1:  # else each number is read alone
+        bits = tl.multiple_of(bits, 16)
+        width, stride = tl.multiple_of(width, VECTOR), tl.multiple_of(stride, VECTOR)
+    row_weights = tl.load(entry + 4).to(tl.pointer_type(tl.int32))
+    column_weights = tl.multiple_of(tl.load(entry + 5).to(tl.pointer_type(tl.int32)), 16)
     lane = tl.arange(0, COLUMNS)
-    lines = bits + row.to(tl.int64)[:, None] * stride
-    sums = tl.zeros([ROWS, COLUMNS], tl.int32)
-    for start in range(0, width, COLUMNS):
-        column = start + lane
-        inside = (row < rows)[:, None] & (column < width)[None, :]
-        numbers = tl.load(lines + column[None, :], mask=inside, other=0).to(tl.int32)
-        weights = tl.load(column_weights + column, mask=column < width, other=0)
-        sums += numbers * weights[None, :]
-    factor = tl.load(row_weights + row, mask=row < rows, other=0)
-    tl.atomic_add(result, tl.sum(tl.sum(sums, 1) * factor, 0))
+    result = tl.zeros([ROWS], tl.int32)
+    for first in range(tl.program_id(0) * ROWS, rows, PROGRAMS * ROWS):
+        row = first + tl.arange(0, ROWS)
+        sums = tl.zeros([ROWS, COLUMNS], tl.int32)
+        for start in range(0, width, COLUMNS):
+            column = start + lane
+            inside = (row < rows)[:, None] & (column < width)[None, :]
+            numbers = tl.load(bits + row[:, None] * stride + column[None, :], mask=inside, other=0).to(tl.int32)
+            sums += numbers * tl.load(column_weights + column, mask=column < width, other=0)[None, :]
+        result += tl.sum(sums, 1) * tl.load(row_weights + row, mask=row < rows, other=0)
+    tl.atomic_add(results + tl.program_id(1) + tl.zeros([ROWS], tl.int32), result)
 
 
-def weighted_sum(rows: Tensor, row_weights: Tensor, column_weights: Tensor) -> Tensor:
-    """The sum of rows [R, W] (int8, int16 or int32, any stride between rows) times weights [R] and [W] int32, modulo
-    2^32 and signed: [] int64."""
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    count, width = rows.shape
-    columns = min(1024, triton.next_power_of_2(width))
-    each = max(1, _TILE // columns)
-    result = torch.zeros((), dtype=torch.int32, device=rows.device)
-    _weighted_sum_kernel[(triton.cdiv(count, each),)](
-        rows, row_weights, column_weights, result, count, width, rows.stride(0), ROWS=each, COLUMNS=columns
-    )
-    return result.to(torch.int64)
+def weighted_sums(parts: Sequence[Weighed]) -> list[Tensor]:
+    """The sums of rows times both weights, modulo 2^32 and signed: [] int64 each. One launch for all that are alike."""
+    sums: list[Tensor | None] = [None] * len(parts)
+    alike: dict[tuple[torch.dtype, bool], list[int]] = {}
+    parts = [(rows if rows.stride(1) == 1 else rows.contiguous(), *weights) for rows, *weights in parts]  # type: ignore[misc]
+    for index, (rows, _, _) in enumerate(parts):
+        size = rows.element_size()
+        aligned = not (rows.data_ptr() | rows.shape[1] * size | rows.stride(0) * size) % _VECTOR
+        alike.setdefault((rows.dtype, aligned), []).append(index)
+    for (dtype, aligned), chosen in alike.items():
+        device = parts[chosen[0]][0].device
+        entries = [
+            (rows.data_ptr(), *rows.shape, rows.stride(0), of_rows.data_ptr(), of_columns.data_ptr())
+            for rows, of_rows, of_columns in (parts[index] for index in chosen)
+        ]
+        results = torch.zeros(len(chosen), dtype=torch.int32, device=device)
+        _weighted_sums_kernel[(_PROGRAMS, len(chosen))](
+            torch.tensor(entries, dtype=torch.int64).to(device), results, PROGRAMS=_PROGRAMS, ROWS=_ROWS,
+            COLUMNS=_COLUMNS, DTYPE=_DTYPES[dtype], VECTOR=_VECTOR // dtype.itemsize if aligned else 1,
+        )  # fmt: skip
+        for index, found in zip(chosen, results.to(torch.int64).unbind(), strict=True):
+            sums[index] = found
+    return [found for found in sums if found is not None]

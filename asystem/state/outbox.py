@@ -19,7 +19,7 @@ from asystem.config import Transport
 from asystem.errors import CapacityError
 from asystem.models import PlainWeight, plain_weights
 from asystem.spmd import Buffer, DeviceBuffer, SharedBuffer
-from asystem.state.checksum import lazy_checksum, settled
+from asystem.state.checksum import lazy_checksums, settled
 from asystem.state.payload import WeightPayload, copy_all, lay_out
 
 
@@ -106,9 +106,10 @@ class _Part:
 
     def _copy(self, blocks: dict[int, Tensor], sums: dict[int, Tensor], verify: bool) -> None:
         if verify:  # of the numbers before they are copied
-            for index, block in blocks.items():
-                place = self.places[index]
-                sums[index] = lazy_checksum(block.to(self._targets[index].dtype), place.box, place.shape)
+            places = [self.places[index] for index in blocks]
+            cast = [block.to(self._targets[index].dtype) for index, block in blocks.items()]
+            parts = [(block, place.box, place.shape) for block, place in zip(cast, places, strict=True)]
+            sums.update(zip(blocks, lazy_checksums(parts), strict=True))
         copy_all([(self._targets[index], block) for index, block in blocks.items()])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from asystem.errors import PublicationError
 from asystem.models import Decoder, plain_parameters, weight_pieces, writing
 from asystem.spmd.exchange import Exchange, Transfer
-from asystem.state.checksum import Ledger, lazy_checksum
+from asystem.state.checksum import Ledger, lazy_checksum, lazy_checksums
 from asystem.state.parcels import Step
 from asystem.state.payload import copy_all
 from asystem.state.plan import Holdings, Layout, Move
@@ -44,7 +44,7 @@ class StreamInbox:
             todo = self._schedule.steps(plan, payloads[0].number)
             views = self._views_of(todo)
             with ExitStack() as stack:
-                arriving = _Arriving(self.model, self._held, payloads[0].verified, stack)
+                arriving = _Arriving(self.model, self._held, self._plain, payloads[0].verified, stack)
 
                 def post(index: int) -> Callable[[], None]:
                     step = todo[index]
@@ -79,8 +79,10 @@ class StreamInbox:
 class _Arriving:
     """Parameters that are being written: each is done when all that the model holds of it has come."""
 
-    def __init__(self, model: Decoder, held: Holdings, verified: bool, stack: ExitStack) -> None:
-        self.model, self.held, self.verified, self.stack = model, held, verified, stack
+    def __init__(
+        self, model: Decoder, held: Holdings, plain: Collection[str], verified: bool, stack: ExitStack
+    ) -> None:
+        self.model, self.held, self.plain, self.verified, self.stack = model, held, plain, verified, stack
         self.ledger = Ledger()
         self._open: dict[str, tuple[ExitStack, Tensor]] = {}
         self._left: dict[str, int] = {}
@@ -137,8 +139,9 @@ class _Arriving:
     def _close(self, name: str, parameter: Tensor) -> None:
         held = self.held[name]
         if name in self._sent:
-            actual = [lazy_checksum(p.part(p.box, parameter), p.box, held.shape) for p in held.pieces]
-            self.ledger.add(name, actual, self._sent.pop(name))
+            parts = [(p.part(p.box, parameter), p.box, held.shape) for p in held.pieces]
+            # What stands as it was written is looked at in the end, all at once.
+            self.ledger.add(name, parts if name in self.plain else lazy_checksums(parts), self._sent.pop(name))
         self._open.pop(name)[0].close()
 
 

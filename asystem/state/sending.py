@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from asystem.errors import PublicationError
 from asystem.models import Piece, PlainWeight, plain_weights
 from asystem.spmd.exchange import Exchange, Transfer, open_meeting
-from asystem.state.checksum import lazy_checksum
+from asystem.state.checksum import lazy_checksums
 from asystem.state.parcels import Step
 from asystem.state.payload import Pair, copy_all, turns
 from asystem.state.plan import Layout, Move
@@ -143,10 +143,9 @@ class StreamOutbox:
 def _pack(step: Step, pairs: Sequence[Pair], shapes: Mapping[str, tuple[int, ...]] | None) -> None:
     """Copies blocks into a bucket; with ``shapes``, of whole parameters, their checksums too."""
     if shapes is not None:  # of the numbers before they are copied
-        sums = iter(
-            lazy_checksum(source.to(block.dtype), move.box, shapes[move.name])
-            for (move, _), (block, source) in zip(step.moves, pairs, strict=True)
-        )
+        moves = zip(step.moves, pairs, strict=True)
+        parts = [(source.to(block.dtype), move.box, shapes[move.name]) for (move, _), (block, source) in moves]
+        sums = iter(lazy_checksums(parts))
         for place in step.sums:
             place.copy_(torch.stack([next(sums) for _ in range(len(place))]))
     copy_all(pairs)
