@@ -2,7 +2,8 @@
 
     python benchmarks/tables.py
 
-What `benchmarks/results/` has of the studies below, of GPUs and of the newest day, is written between their page's markers.
+What `benchmarks/results/` has of the studies below, of GPUs and of the newest day, is written between the markers of
+their pages.
 """
 
 from __future__ import annotations

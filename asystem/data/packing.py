@@ -122,7 +122,8 @@ def pack_groups(groups: Sequence[Sequence[Sample]], budget: int) -> list[PackedB
 
 
 def plan_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Which rows share a micro-batch: no bin over the budget but for single rows that are longer themselves."""
+    """Which rows share a micro-batch, longest first: no bin over the budget but for single rows that are longer
+    themselves."""
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     bins: list[list[int]] = []
     loads: list[int] = []
@@ -134,7 +135,9 @@ def plan_bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
             fit = len(bins) - 1
         bins[fit].append(row)
         loads[fit] += lengths[row]
-    return [sorted(rows) for rows in _evened(order, lengths, budget, len(bins)) or bins]
+    # Longest first: attention takes long ones one by one, and all that are short or equally long at once.
+    by_length = {row: place for place, row in enumerate(order)}
+    return [sorted(rows, key=by_length.__getitem__) for rows in _evened(order, lengths, budget, len(bins)) or bins]
 
 
 def pack_one(samples: Sequence[Sample]) -> PackedBatch:

@@ -23,7 +23,9 @@ from torch import Tensor
 _MIN_FILL = 0.75
 _MAX_PADDING = 8
 
-LONG = 1024  # tokens from which on a sequence alone is cuDNN's
+LONG = (
+    2048  # tokens from which on a sequence alone is cuDNN's: calls for shorter ones cost the host more than they save
+)
 EQUAL = 8  # sequences of one length that are, however short
 _PLAN = 256  # cuDNN plans each length anew, for a tenth of a second: that of a sequence alone is rounded up
 
@@ -52,8 +54,12 @@ class PackedAttention:
         """q [T, Hq, d], k and v [T, Hk, d] -> [T, Hq, d]."""
         if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             if self._runs is not None and _cudnn_is_quicker(q.device, q.shape[-1]):
-                parts = [_attend_run(*run, q, k, v) for run in self._runs]
-                return parts[0] if len(parts) == 1 else torch.cat(parts)
+                if len(self._runs) == 1:
+                    return _attend_run(*self._runs[0], q, k, v)
+                # Split, not sliced: a slice's gradient is all of q, zero but for the slice, and one more sum.
+                sizes = [run.stop - run.start for run, _ in self._runs]
+                pieces = zip(self._runs, *(torch.split(x, sizes) for x in (q, k, v)), strict=True)
+                return torch.cat([_attend_run(*run, *piece) for run, *piece in pieces])
             starts, longest = self.cu_seqlens, self.max_seqlen
             return varlen_attention(q, k, v, starts, starts, longest, longest)
         if self._buckets is None:
@@ -91,7 +97,7 @@ def _runs(starts: Sequence[int]) -> list[_Run]:
 
 
 def _attend_run(run: _Run, starts: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = (x[run.start : run.stop] for x in (q, k, v))
+    """q, k and v are those of the run."""
     if run.is_dense:
         return dense_attention(q, k, v, run.last - run.first)
     return varlen_attention(q, k, v, starts, starts, LONG, LONG)

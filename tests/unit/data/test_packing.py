@@ -39,7 +39,7 @@ def test_everything_stands_where_its_token_is_the_label() -> None:
 def test_what_fits_in_two_is_balanced_and_the_larger_goes_first() -> None:
     # 7 + 5 + 3 and 4 would fit as well
     samples = [Sample([0], [0] * (n - 1), 1.0, rollout=n) for n in (3, 4, 5, 7)]
-    assert [batch.rollouts for batch in pack(samples, budget=15)] == [[3, 7], [4, 5]]
+    assert [batch.rollouts for batch in pack(samples, budget=15)] == [[7, 3], [5, 4]]
 
 
 def test_a_long_sequence_has_a_micro_batch_of_its_own() -> None:

@@ -42,6 +42,7 @@ def test_packed_equals_one_at_a_time_in_values_gradients_and_updates(changes: di
     draw = random.Random(0)
     samples = [replace(s, trained=[draw.random() < 0.6 for _ in range(s.length - 1)]) for s in SHORT]
     packed, alone = (make_engine(make_model(**changes)) for _ in range(2))
+    samples.sort(key=lambda sample: -sample.length)  # as they are packed
     batch, single = pack(samples, budget=100), [pack_one([sample]) for sample in samples]
     assert len(batch) == 1 and len(batch[0].label_rows) < sum(s.length - 1 for s in samples)
     for _ in range(3):
