@@ -4,10 +4,10 @@
     python benchmarks/weights.py --device cpu --tiny          # whether it runs
 
 Real worker groups over Ray, random weights in bfloat16. A publication is what the controller awaits: training writes
-what it holds, or begins to send it; generation takes it over, and its decoding stands meanwhile (the pause). Through a
-buffer the floor is two copies of the bytes. On a GPU `of a copy` compares the bytes that these two read and write, in
-the time that the ranks themselves took, with those of a copy; on a CPU the published bytes with those of a copy, of
-which half is all that there is to have. Over a process group it compares with the link, measured by the same sends.
+what it holds, or begins to send it; generation takes it over, and its decoding stands meanwhile (the pause). `of a copy`
+compares the published bytes with those that plain copies of the parameters copy: on a CPU in the time that the controller
+waits, on a GPU in that of the ranks themselves. Parameters that live in their buffer are copied once, others twice. Over a
+process group it compares with the link, measured by the same sends.
 """
 
 from __future__ import annotations
@@ -327,7 +327,7 @@ def figures(
         yield row(f"{label}: the pause's copy, of the link", floor / found.pause, "1", mark=mark)
     elif is_gpu and case.ranks == 1:
         mark = GPU_MARK if is_marked and case.transport is Transport.ipc else None
-        yield row(f"{label}: both copies, of a copy", 2 * found.size / found.work / copied, "1", mark=mark)
+        yield row(f"{label}: the ranks' work, of a copy", found.size / found.work / copied, "1", mark=mark)
         yield row(f"{label}: the pause's copy, of a copy", found.size / found.pause / copied, "1")
     elif not is_gpu:
         mark = CPU_MARK if is_marked and case.transport is Transport.shared_memory else None

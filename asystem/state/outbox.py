@@ -5,7 +5,11 @@ parameters of each replica. A tied head is the embedding and goes once. Under ad
 the first publication alone.
 
 One buffer is enough for publication after publication: the controller awaits `load_weights` of all readers before it
-asks for the next export, so nothing is overwritten that somebody still reads. Generation decodes while it is written.
+asks for the next update, so nothing is overwritten that somebody still reads. Generation decodes while it is written.
+
+Parameters that are sent as they are live in the buffer from the first publication on, so that later ones copy nothing
+here: whole ones on the buffer's device and in the dtype on the wire. Shards, blocks of a cut model and merged matrices
+are copied each time.
 """
 
 from __future__ import annotations
@@ -99,6 +103,8 @@ class _Part:
             if weight.is_merged:
                 self._copy({index: weight.local()[1]}, sums, verify)
         self._copy(self._blocks, sums, verify)
+        if self.buffer.lasting:
+            self._adopt(weights)
         checksums = settled([sums[index] for index in range(len(self.places))]) if verify else []
         if self._targets[0].is_cuda:
             torch.cuda.current_stream(self._targets[0].device).synchronize()  # others cannot wait for this stream
@@ -110,7 +116,18 @@ class _Part:
             cast = [block.to(self._targets[index].dtype) for index, block in blocks.items()]
             parts = [(block, place.box, place.shape) for block, place in zip(cast, places, strict=True)]
             sums.update(zip(blocks, lazy_checksums(parts), strict=True))
-        copy_all([(self._targets[index], block) for index, block in blocks.items()])
+        pairs = [(self._targets[index], block) for index, block in blocks.items()]
+        copy_all([(target, block) for target, block in pairs if target.data_ptr() != block.data_ptr()])
+
+    def _adopt(self, weights: Sequence[PlainWeight]) -> None:
+        """Parameters whose numbers are in the buffer have them there from now on, in the place of their own memory."""
+        for index, weight in enumerate(weights):
+            parameter, target = weight.source, self._targets[index]
+            if weight.piece is None and type(parameter) is nn.Parameter and not hasattr(parameter, "placements"):
+                alike = parameter.dtype is target.dtype and parameter.device == target.device
+                if alike and parameter.is_contiguous() and not parameter.is_pinned():  # those are streamed from there
+                    parameter.data = target
+                    self._blocks[index] = parameter.detach()
 
 
 def allocate(transport: Transport, nbytes: int, device: torch.device, lasting: bool) -> Buffer | DeviceBuffer:

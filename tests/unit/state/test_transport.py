@@ -236,3 +236,36 @@ def test_a_second_publication_copies_through_the_views_of_the_first(monkeypatch:
     target.embed.weight.data = torch.zeros_like(target.embed.weight)  # as a memory that was put to sleep comes back
     inbox.read([again])
     assert torch.equal(target.embed.weight, source.embed.weight)
+
+
+def test_parameters_live_in_the_buffer_from_the_first_publication_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = _model(1), _model(2)
+    outbox, inbox = Outbox(source, transport=Transport.shared_memory), Inbox(target)
+    first = outbox.write()
+    flat = first.buffer.flat()
+    assert all(flat.data_ptr() <= p.data_ptr() < flat.data_ptr() + flat.nbytes for p in source.parameters())
+    copied: list[int] = []
+    monkeypatch.setattr("asystem.state.outbox.copy_all", lambda pairs: copied.append(len(pairs)))
+    optimizer = torch.optim.AdamW(source.parameters(), lr=0.1)
+    for _ in range(2):
+        source(torch.tensor([1, 2]), torch.arange(2), _no_attention).square().sum().backward()
+        optimizer.step()  # type: ignore[no-untyped-call]
+        inbox.read([pickle.loads(pickle.dumps(outbox.write()))])
+        assert all(torch.equal(target.get_parameter(name), p) for name, p in source.named_parameters())
+    assert copied == [0, 0]
+
+
+def test_a_parameter_that_moved_out_of_the_buffer_is_copied_into_it_again() -> None:
+    source, target = _model(1), _model(2)
+    outbox, inbox = Outbox(source, transport=Transport.shared_memory), Inbox(target)
+    outbox.write()
+    source.embed.weight.data = torch.ones_like(source.embed.weight)
+    inbox.read([outbox.write()])
+    assert bool((target.embed.weight == 1).all())
+    half = Outbox(_model(), torch.bfloat16, transport=Transport.shared_memory)
+    half.write()
+    assert next(half.model.parameters()).dtype is torch.float32, "what is rounded on its way is copied"
+
+
+def _no_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return q
