@@ -4,10 +4,10 @@
     python benchmarks/weights.py --device cpu --tiny          # whether it runs
 
 Real worker groups over Ray, random weights in bfloat16. A publication is what the controller awaits: training writes
-what it holds, or begins to send it; generation takes it over, and its decoding stands meanwhile (the pause). `of a copy`
-compares the published bytes with those that plain copies of the parameters copy: on a CPU in the time that the controller
-waits, on a GPU in that of the ranks themselves. Parameters that live in their buffer are copied once, others twice. Over a
-process group it compares with the link, measured by the same sends.
+what it holds, or begins to send it; generation takes it over, and its decoding stands meanwhile (the pause). `of a
+copy` compares the published bytes with those that plain copies of the parameters copy: on a CPU in the time that the
+controller waits, on a GPU in that of the ranks themselves. Parameters that live in their buffer are copied once, others
+twice. Over a process group it compares with the link, measured by the same sends.
 """
 
 from __future__ import annotations
