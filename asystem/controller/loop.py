@@ -112,4 +112,4 @@ class Controller(Session):
         self.tracker.event("weights", version=self.version, bytes=sum(part.num_bytes for part in weights))
         probe = await self.generators.load_weights(weights, self.version, self._is_due(self.config.weights.probe_every))
         if probe is not None:
-            await self.trainers.check_probe(probe)
+            await self._check_probe(probe)

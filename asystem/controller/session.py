@@ -7,10 +7,11 @@ import asyncio
 from asystem.config import Config
 from asystem.controller.batches import accuracy, build_batch, mean_rewards
 from asystem.data.batch import Batch
+from asystem.errors import PublicationError
 from asystem.rollout import Pool, PromptOrder, Window
 from asystem.spmd import replicas
 from asystem.tracking import Tracker
-from asystem.types import Score
+from asystem.types import Ref, Score, Trajectory
 from asystem.workers import GenerateWorker, RewardWorker, TrainWorker
 
 Scoring = list[asyncio.Task[list[Score]]]
@@ -55,6 +56,20 @@ class Session:
         finished = await self.generators.evaluate(list(range(min(rows, self.config.evaluation.prompts))))
         self.accuracy[self.version] = accuracy(await self.rewarders.score(finished, held_out=True))
         return {f"eval/{self.config.data.name}/accuracy": self.accuracy[self.version]}
+
+    async def _check_probe(self, probe: Ref[list[Trajectory]]) -> None:
+        """Compares samples of generation with what training makes of them.
+
+        Raises:
+            PublicationError: they differ by more than `weights.probe_bound`.
+        """
+        mean, worst = await self.trainers.score_probe(probe)
+        if not mean <= (bound := self.config.weights.probe_bound):
+            raise PublicationError(
+                f"generation and training differ by {mean:.3g} nats a token (worst {worst:.3g}) in samples taken right "
+                f"after version {self.version} was published; weights.probe_bound={bound:g}. Either they compute "
+                "different models, or generation is that coarse: then raise the bound"
+            )
 
     async def _warm_up(self) -> None:
         steps = self.config.training.warmup.steps

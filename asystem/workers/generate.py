@@ -119,7 +119,7 @@ class GenerateWorker(Worker):
         ``version``.
 
         Returns:
-            with ``probe``, a few short samples under the new weights, for training to compare (`check_probe`).
+            with ``probe``, a few short samples under the new weights, for training to compare (`score_probe`).
 
         Raises:
             ModelError: the version goes backwards, or the weights do not fit the model.

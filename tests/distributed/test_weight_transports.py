@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 
 from asystem.config import Config, Transport
 from asystem.controller.run import train
-from asystem.errors import AsystemError
+from asystem.errors import AsystemError, PublicationError
 from asystem.models import Decoder, ModelSpec, Shard, init_weights
 from asystem.spmd import Collect, Dispatch, remote
 from asystem.state import Published, StreamInbox, StreamOutbox, Terms
@@ -130,5 +130,26 @@ def test_a_generator_lost_while_it_takes_weights_over_is_named_and_training_is_k
     small_run.runtime.deadline_seconds = 8.0
     small_run.generation.ranks = 2 if transport == "nccl" else 1
     with pytest.raises(AsystemError, match=message):
+        train(small_run)
+    assert read_manifest(Path(small_run.run_dir or "") / "checkpoints" / "step-000001")
+
+
+class Confused(GenerateWorker):
+    """Has the numbers of version 1, and takes one matrix for its negative: no checksum sees that."""
+
+    def probe(self) -> Ref[list[Trajectory]]:
+        if self.engine.version == 1:
+            with torch.no_grad():
+                self.engine.model.get_parameter("layers.0.mlp.down_proj.weight").neg_()
+            self.engine.weights_updated(1)
+        return super().probe()
+
+
+def test_a_probe_that_differs_ends_the_run_and_training_is_kept(
+    cluster: None, small_run: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asystem.controller.run.GenerateWorker", Confused)
+    small_run.weights.probe_every, small_run.weights.probe_bound = 1, 1e-5
+    with pytest.raises(PublicationError, match=r"differ by [\d.e-]+ nats a token .* after version 1 was published"):
         train(small_run)
     assert read_manifest(Path(small_run.run_dir or "") / "checkpoints" / "step-000001")

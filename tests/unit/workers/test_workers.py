@@ -12,7 +12,7 @@ import torch
 
 from asystem.config import Config, ExpertsConfig
 from asystem.data.batch import Batch, BatchRow
-from asystem.errors import DataError, ModelError, PublicationError
+from asystem.errors import DataError, ModelError
 from asystem.models import QuantizedLinear, merge
 from asystem.rollout import drawn_length
 from asystem.spmd import store
@@ -131,14 +131,12 @@ def test_a_probe_shows_whether_both_sides_compute_one_model(config: Config, tmp_
     assert probe is not None
     assert [len(t.tokens) <= 16 and set(t.versions.tolist()) == {1} for t in store.get(probe)] == [True] * 2
     assert asyncio.run(generator.decode([], 1)).unfinished == unfinished, "rollouts in flight have waited"
-    gap = asyncio.run(trainer.check_probe(probe))
-    assert gap < (0.01 if dtype == "int8" else 1e-5)
+    gap, worst = asyncio.run(trainer.score_probe(probe))
+    assert gap <= worst and gap < (0.01 if dtype == "int8" else 1e-5)
     with torch.no_grad():  # as a wrong idea of what a tensor means would: no checksum sees it
         generator.engine.model.get_submodule("layers.0.mlp.down_proj").weight.neg_()  # type: ignore[operator]
     generator.engine.weights_updated(2)
-    config.weights.probe_bound = 2 * gap + 1e-5
-    with pytest.raises(PublicationError, match=r"generation and training differ by [\d.e-]+ nats a token"):
-        asyncio.run(trainer.check_probe(generator.probe()))
+    assert asyncio.run(trainer.score_probe(generator.probe()))[0] > 2 * gap + 1e-5
 
 
 def test_8_bit_weights_are_quantised_at_the_start_and_when_weights_come(config: Config, tmp_path: Path) -> None:
@@ -185,7 +183,7 @@ def test_training_replays_the_experts_that_generation_chose(config: Config, tmp_
     batch = batch_of(decode(worker, requests))
     with torch.no_grad():  # the trainer's routers now choose otherwise, and weigh as before
         worker.trainer.model.get_parameter("layers.0.mlp.router.bias").copy_(torch.linspace(-1, 1, 8))
-    assert asyncio.run(worker.check_probe(batch.rows[0].ref)) < 1e-4
+    assert asyncio.run(worker.score_probe(batch.rows[0].ref))[1] < 1e-4
     stats = asyncio.run(worker.update(batch)).to_dict()
     assert stats["mismatch/logprob_diff_max"] < 1e-4
     assert 0.3 < stats["routing/replaced_fraction"] <= 1
