@@ -22,7 +22,7 @@ Part = tuple[Tensor, Box, tuple[int, ...]]
 
 MODULUS = 1 << 32
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-_AT_ONCE = 1 << 18  # numbers: a part that stays in a processor's cache
+_AT_ONCE = 1 << 19  # numbers: a part that stays in a processor's cache
 
 
 def checksum(block: Tensor, box: Box, shape: tuple[int, ...]) -> int:
@@ -56,7 +56,7 @@ def _sum_in_pieces(rows: Tensor, row_weights: Tensor, column_weights: Tensor) ->
     total = torch.zeros((), dtype=torch.int64)
     count = max(1, _AT_ONCE // max(1, rows.shape[1]))
     for start in range(0, len(rows), count):
-        sums = rows[start : start + count].to(torch.int32).mv(column_weights)  # they wrap around
+        sums = (rows[start : start + count] * column_weights).sum(1, dtype=torch.int32)  # they wrap around
         total += (sums * row_weights[start : start + count]).sum()
     return total
 
