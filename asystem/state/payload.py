@@ -21,7 +21,7 @@ from asystem.state.plan import Holdings, Layout
 Pair = tuple[Tensor, Tensor]
 """A view to write, and one of the same shape to read."""
 
-SMALL = 1 << 20  # bytes; copies below are launched together
+SMALL = 1 << 24  # bytes; copies below are launched together: on an H200 one of 4 MB takes 2 us, and 5 to be launched
 ALIGNMENT = 64  # bytes; a block starts where any dtype may be read
 
 
