@@ -214,7 +214,7 @@ def _mixture(moe: MoE, x: Tensor) -> Tensor:
     if len(x) > MOST_ROWS or type(experts) is not Experts or experts.exchange is not None:
         out: Tensor = moe(x, grouped_tiles)
         return out
-    shares, chosen = moe.router(x, kernel=route) if can_route(moe.router) else moe.router(x)
+    shares, chosen = moe.router(x, kernel=route if can_route(moe.router) else None)
     out = chosen_experts(x, shares, chosen, experts.gate_up, experts.down)
     return out if moe.shared is None else out + moe.shared(x)
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asystem.generation.kernels.launch import overlaps
-from asystem.generation.kernels.linear import LANES, silu_times, tile_of
+from asystem.generation.kernels.linear import LANES, columns_of, silu_times, tile_of
 from asystem.models.moe import Router
 
 _ROUTED = 8192  # products that a router's program holds
@@ -83,8 +83,7 @@ def _gate_up_kernel(
     dtype: tl.constexpr = out.dtype.element_ty
     pair, row = tl.program_id(1), tl.program_id(0) * WARPS + tl.arange(0, WARPS)
     matrix = weight + tl.load(chosen + pair).to(tl.int64) * 2 * n * K
-    column = tl.zeros([WARPS, PARTS, LANES], tl.int32) + (tl.arange(0, PARTS) * LANES)[None, :, None]
-    column += tl.arange(0, LANES)[None, None, :]
+    column = columns_of(WARPS, PARTS, LANES)
     place, inside = row[:, None, None].to(tl.int64) * K + column, (row < n)[:, None, None]
     gate = tl.zeros([WARPS, LANES], tl.float32)
     up = tl.zeros([WARPS, LANES], tl.float32)
@@ -110,8 +109,7 @@ def _down_kernel(
         tl.extra.cuda.gdc_wait()
     dtype: tl.constexpr = out.dtype.element_ty
     batch, row = tl.program_id(1), tl.program_id(0) * WARPS + tl.arange(0, WARPS)
-    column = tl.zeros([WARPS, PARTS, LANES], tl.int32) + (tl.arange(0, PARTS) * LANES)[None, :, None]
-    column += tl.arange(0, LANES)[None, None, :]
+    column = columns_of(WARPS, PARTS, LANES)
     place, inside = row[:, None, None].to(tl.int64) * K + column, (row < n)[:, None, None]
     result = tl.zeros([WARPS], tl.float32)
     for slot in tl.static_range(TOP_K):

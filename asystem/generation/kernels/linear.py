@@ -16,6 +16,13 @@ _MOST_OUT = 1 << 15  # larger outputs (the head) reach the bandwidth in cuBLAS t
 
 
 @triton.jit
+def columns_of(WARPS: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):
+    """Columns 0..PARTS * LANES - 1, [WARPS, PARTS, LANES]: a warp has a row of weights, and all of the input."""
+    part, lane = tl.arange(0, PARTS) * LANES, tl.arange(0, LANES)
+    return tl.zeros([WARPS, PARTS, LANES], tl.int32) + part[None, :, None] + lane[None, None, :]
+
+
+@triton.jit
 def input_tile(x, y, gain, scale, source, columns, there, dtype: tl.constexpr, NORM: tl.constexpr):
     """What a tile of weights meets: numbers of a row, or of RMSNorm(x + y), rounded as the model rounds."""
     value = tl.load(x + source, mask=there, other=0.0).to(tl.float32)
@@ -40,13 +47,11 @@ def _skinny_kernel(
     LANES: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, SWIGLU: tl.constexpr, NORM: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    # A warp computes two outputs by itself, so that warps never wait for each other: the tiles [WARPS, PARTS, LANES]
-    # lie so that a warp has a row of weights, and all of the input.
+    # A warp computes two outputs by itself, so that warps never wait for each other.
     dtype: tl.constexpr = out.dtype.element_ty
     row = tl.program_id(0) * (WARPS if SWIGLU else 2 * WARPS) + tl.arange(0, WARPS)
     other = row + (n if SWIGLU else WARPS)
-    lane = tl.arange(0, LANES)[None, None, :]
-    column = tl.zeros([WARPS, PARTS, LANES], tl.int32) + (tl.arange(0, PARTS) * LANES)[None, :, None] + lane
+    column = columns_of(WARPS, PARTS, LANES)
     place = row[:, None, None].to(tl.int64) * K + column
     other_place = other[:, None, None].to(tl.int64) * K + column
     inside = (row < n)[:, None, None]
@@ -59,7 +64,7 @@ def _skinny_kernel(
         tl.extra.cuda.gdc_wait()
     norms = ()
     if NORM:  # each warp does it again, which is cheaper than a launch
-        wide = tl.zeros([WARPS, ALL, LANES], tl.int32) + (tl.arange(0, ALL) * LANES)[None, :, None] + lane
+        wide = columns_of(WARPS, ALL, LANES)
         for b in tl.static_range(BATCH):
             value = tl.load(x + b * K + wide, mask=wide < K, other=0.0).to(tl.float32)
             value += tl.load(y + b * K + wide, mask=wide < K, other=0.0).to(tl.float32)
@@ -73,11 +78,10 @@ def _skinny_kernel(
         there = column + start < K
         now, also = first, second
         if start + PARTS * LANES < K:  # what comes next is on its way meanwhile
-            later = column + (start + PARTS * LANES)
-            first = tl.load(weight + row[:, None, None].to(tl.int64) * K + later, mask=inside & (later < K), other=0.0)
-            second = tl.load(
-                weight + other[:, None, None].to(tl.int64) * K + later, mask=other_inside & (later < K), other=0.0
-            )
+            ahead = start + PARTS * LANES
+            there_too = column + ahead < K
+            first = tl.load(weight + place + ahead, mask=inside & there_too, other=0.0)
+            second = tl.load(weight + other_place + ahead, mask=other_inside & there_too, other=0.0)
         sums = ()
         more = ()
         for b in tl.static_range(BATCH):
