@@ -28,7 +28,7 @@ from record import Row, row, show, write
 
 from asystem.config import GenerationConfig
 from asystem.generation import Engine, EngineRequest
-from asystem.models import Decoder, ModelSpec, MoESpec, init_weights, save_model
+from asystem.models import Decoder, ModelSpec, MoESpec, Shard, init_weights, save_model
 from asystem.types import SamplingParams
 
 PROMPT = 128
@@ -117,9 +117,10 @@ def copy_bandwidth() -> float:
     return float(2 * source.nbytes / min(times))
 
 
-def build(spec: ModelSpec) -> Decoder:
+def build(spec: ModelSpec, part: Shard | None = None) -> Decoder:
+    """A model of random weights, or a rank's part of one."""
     with torch.device("meta"):
-        model = Decoder(spec)
+        model = Decoder(spec) if part is None else part.decoder(spec)
     model = model.to(torch.bfloat16).to_empty(device="cuda")
     init_weights(model, seed=0)
     return model

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-import socket
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from local_ranks import run_ranks
 from record import Row, cpu_name, row, show, slug, write
 
 from asystem.config import TrainingConfig
@@ -216,10 +215,7 @@ def work(rank: int, args: argparse.Namespace, port: int) -> None:
 
 def main() -> None:
     args = parse()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (args, port), nprocs=args.ranks)  # type: ignore[no-untyped-call]
+    run_ranks(work, args, device=args.device)
 
 
 if __name__ == "__main__":

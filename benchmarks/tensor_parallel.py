@@ -10,19 +10,17 @@ stands between is two sums over the ranks a layer, of batch x hidden numbers eac
 from __future__ import annotations
 
 import argparse
-import gc
-import socket
 import statistics
 from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from generation import SHAPES, Bench, Case
+from generation import SHAPES, Bench, Case, build, release
+from local_ranks import run_ranks
 from record import Row, row, show, slug, write
 
-from asystem.models import Decoder, ModelSpec, Shard, init_weights
+from asystem.models import Shard
 
 SHAPES["qwen3-8b"] = replace(SHAPES["qwen3-4b"], hidden_size=4096, intermediate_size=12288, tie_embeddings=False)
 BATCHES = ((1, 1), (4, 8), (32, 8))  # prompts, samples of each
@@ -42,21 +40,12 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def model_of(spec: ModelSpec, part: Shard | None) -> Decoder:
-    with torch.device("meta"):
-        model = Decoder(spec) if part is None else part.decoder(spec)
-    model = model.to(torch.bfloat16).to_empty(device="cuda")
-    init_weights(model, seed=0)
-    return model
-
-
 def seconds_of(case: Case, part: Shard | None, repeats: int) -> float:
     """Of a whole run, prefill included: the median of some, after one."""
-    bench = Bench(case, model_of(SHAPES[case.shape], part))
+    bench = Bench(case, build(SHAPES[case.shape], part))
     times = [bench.run(turn) for turn in range(1 + repeats)][1:]
     del bench
-    gc.collect()
-    torch.cuda.empty_cache()
+    release()
     return statistics.median(times)
 
 
@@ -96,13 +85,5 @@ def work(rank: int, args: argparse.Namespace, port: int) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
-    args = parse()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (args, port), nprocs=args.ranks)  # type: ignore[no-untyped-call]
-
-
 if __name__ == "__main__":
-    main()
+    run_ranks(work, parse())
