@@ -3,10 +3,11 @@
     python benchmarks/training.py [--only TEXT ...] [--repeats 5] [--write]
     python benchmarks/training.py --device cpu --tiny        the same on a tiny model: does it run?
 
-Random weights, random tokens. W1 is one optimizer step over 256 sequences of 128 prompt and 512 response tokens, W3 one
-over two sequences of 16,384. A step is forward, backward, clipping and AdamW; the median of the repeats counts, after
-two steps that warm up. Each case runs in a process of its own, under its cap of the card's memory if it has one, so
-that a case that does not fit leaves the others alone.
+Random weights, random tokens. W1 is one optimizer step over 256 sequences of 128 prompt and 512 response tokens, W2 one
+over 512 whose responses are log-normal, of median 256 and at most 4,096, W3 one over two sequences of 16,384. A step is
+forward, backward, clipping and AdamW; the median of the repeats counts, after two steps that warm up. Each case runs in
+a process of its own, under its cap of the card's memory if it has one, so that a case that does not fit leaves the
+others alone.
 
 MFU = operations that the step needs / seconds / rate of a large bf16 product, measured here. Operations count attention
 as causal, nothing that is computed again, and no gradient of frozen matrices (`asystem/training/flops.py`); the
@@ -32,6 +33,7 @@ from record import Row, cpu_name, row, show, write
 from asystem.config import Config, LoraConfig, Recompute, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack
 from asystem.models import Decoder, ModelSpec, init_weights
+from asystem.rollout import drawn_length
 from asystem.training import TrainEngine, TrainingPlan, supervised_loss
 from asystem.training.flops import product_rate, train_flops
 from asystem.workers.build import training_environment
@@ -55,6 +57,7 @@ class Case:
     """`sequences` of `length` tokens, the first `PROMPT` of which are not trained, on a shape.
 
     Attributes:
+        median: of responses, which are then log-normal and make at most `length` tokens; None = all have `length`.
         cap: GiB of the card that the process may use; None = all.
         seconds, mfu, gib: the marks for them.
     """
@@ -63,6 +66,7 @@ class Case:
     shape: str
     sequences: int
     length: int
+    median: int | None = None
     cap: int | None = None
     micro: int = 16_384
     choices: dict[str, Any] = field(default_factory=dict)
@@ -74,19 +78,25 @@ class Case:
     def title(self) -> str:
         return self.name if self.cap is None else f"{self.name}, {self.cap} GB card"
 
-    @property
-    def tokens(self) -> int:
-        return self.sequences * self.length
+    def responses(self, seed: int) -> list[int]:
+        """Tokens of each sequence that are trained."""
+        longest = self.length - PROMPT
+        if self.median is None:
+            return [longest] * self.sequences
+        first = seed * self.sequences
+        return [drawn_length(self.median, 1.0, longest, seed=0, rollout=first + i) for i in range(self.sequences)]
 
 
 LORA, FULL = {"lora": LoraConfig(rank=16)}, {"recompute": Recompute.full}
 KEEP = {"keep_logits": True}
 W1 = Case("W1 0.6B", "0.6B", 256, 640, choices=KEEP, seconds=1.3, mfu=0.6)
+W2 = Case("W2 0.6B", "0.6B", 512, PROMPT + 4096, median=256)
 W3 = Case("W3 0.6B", "0.6B", 2, 16_384, choices=FULL, mfu=0.4, gib=12.5)
 W3_LORA = replace(W3, name="W3 0.6B LoRA", choices=FULL | LORA, mfu=None, gib=None)
 W3_4B = replace(W3, name="W3 4B LoRA", shape="4B", choices=FULL | LORA, mfu=0.45, gib=16.0)
 CASES = [
     W1,
+    W2,
     W3,
     W3_4B,
     W3_LORA,
@@ -113,18 +123,16 @@ def parse() -> argparse.Namespace:
 def cases_of(args: argparse.Namespace) -> list[Case]:
     cases = CASES
     if args.tiny:
-        tiny = {"shape": "tiny", "sequences": 4, "length": PROMPT + 72, "micro": 400}
+        tiny: dict[str, Any] = {"shape": "tiny", "sequences": 4, "length": PROMPT + 72, "micro": 400}
         cases = [replace(case, **tiny, seconds=None, mfu=None, gib=None) for case in cases]
     return [case for case in cases if args.only is None or any(text in case.title for text in args.only)]
 
 
 def batch_of(case: Case, seed: int) -> list[PackedBatch]:
     rng, vocab = np.random.default_rng(seed), SHAPES[case.shape].vocab_size
-    trained = case.length - PROMPT
-    weight = 1.0 / (case.sequences * trained)
-    samples = [
-        Sample(rng.integers(0, vocab, PROMPT), rng.integers(0, vocab, trained), weight) for _ in range(case.sequences)
-    ]
+    responses = case.responses(seed)
+    weight = 1.0 / sum(responses)
+    samples = [Sample(rng.integers(0, vocab, PROMPT), rng.integers(0, vocab, n), weight) for n in responses]
     return pack(samples, case.micro)
 
 
@@ -141,7 +149,8 @@ def run_case(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
     model = model.to(dtype).to_empty(device=device)
     init_weights(model, seed=0)
     engine = TrainEngine(model, cfg, device=device, dtype=dtype, total_steps=1000)
-    times = []
+    times, tokens, largest = [], [], 0
+    flops: dict[bool, list[float]] = {False: [], True: []}  # by whether frozen weights are left out
     for turn in range(2 + repeats):
         micro = batch_of(case, turn)
         if cuda:
@@ -154,12 +163,15 @@ def run_case(case: Case, device: torch.device, repeats: int) -> dict[str, Any]:
         if cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    largest = max(len(packed.tokens) for packed in micro)  # packing evens them out
-    flops = {frozen: train_flops(spec, micro, frozen=frozen) for frozen in (False, True)}
+        tokens.append(sum(len(packed.tokens) for packed in micro))
+        largest = max(largest, *(len(packed.tokens) for packed in micro))  # packing evens them out
+        for frozen, found in flops.items():
+            found.append(train_flops(spec, micro, frozen=frozen))
     return {
         "times": times[2:],
-        "flops": flops[cfg.lora.rank > 0],
-        "flops_all": flops[False],
+        "tokens": tokens[2:],
+        "flops": flops[cfg.lora.rank > 0][2:],
+        "flops_all": flops[False][2:],
         "planned": TrainingPlan(spec, cfg, dtype=dtype).of(largest).total,
         "largest": largest,
         "reserved": torch.cuda.max_memory_reserved() if cuda else None,
@@ -197,7 +209,8 @@ def run_child(args: argparse.Namespace) -> None:
 
 
 def rows_of(case: Case, result: dict[str, Any] | str, rate: float) -> list[Row]:
-    note = f"{case.sequences} x {case.length} tokens, {case.micro} a micro-batch, {describe(case)}"
+    lengths = str(case.length) if case.median is None else f"at most {case.length}"
+    note = f"{case.sequences} x {lengths} tokens, {case.micro} a micro-batch, {describe(case)}"
     if isinstance(result, str):
         return [row(f"{case.title}: rate", None, "tokens/s", note=f"{note}; {result}")]
     seconds = statistics.median(result["times"])
@@ -205,12 +218,12 @@ def rows_of(case: Case, result: dict[str, Any] | str, rate: float) -> list[Row]:
     rows = [
         row(f"{case.title}: step", round(seconds, 4), "s", mark=case.seconds, better="lower",
             note=f"{note}; spread {100 * spread:.1f} %"),
-        row(f"{case.title}: rate", round(case.tokens / seconds, 1), "tokens/s"),
-        row(f"{case.title}: MFU", round(result["flops"] / seconds / rate, 3), "1", mark=case.mfu,
-            note=f"{result['flops'] / 1e12:.4g} TFLOP needed, of {rate / 1e12:.4g} TFLOP/s"),
+        row(f"{case.title}: rate", round(a_second(result, "tokens"), 1), "tokens/s"),
+        row(f"{case.title}: MFU", round(a_second(result, "flops") / rate, 3), "1", mark=case.mfu,
+            note=f"{statistics.median(result['flops']) / 1e12:.4g} TFLOP needed, of {rate / 1e12:.4g} TFLOP/s"),
     ]  # fmt: skip
     if result["flops_all"] != result["flops"]:
-        counted = round(result["flops_all"] / seconds / rate, 3)
+        counted = round(a_second(result, "flops_all") / rate, 3)
         rows.append(row(f"{case.title}: MFU, frozen weights counted as trained", counted, "1"))
     if result["reserved"] is not None:
         allocated = f"{result['allocated'] / GIB:.2f} GiB of it in tensors, planned {result['planned'] / GIB:.2f}"
@@ -218,6 +231,12 @@ def rows_of(case: Case, result: dict[str, Any] | str, rate: float) -> list[Row]:
         peak = round(result["reserved"] / GIB, 2)
         rows.append(row(f"{case.title}: peak", peak, "GiB", mark=case.gib, better="lower", note=allocated))
     return rows
+
+
+def a_second(result: dict[str, Any], what: str) -> float:
+    """The median over the steps, which have different lengths in W2."""
+    rates = (value / seconds for value, seconds in zip(result[what], result["times"], strict=True))
+    return float(statistics.median(rates))
 
 
 def describe(case: Case) -> str:
