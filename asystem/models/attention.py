@@ -2,7 +2,8 @@
 
 On CUDA in half precision it is one variable-length flash kernel; on Hopper and later, long sequences, and several of
 one length beside each other, go to cuDNN, which takes little more than half of that kernel's time (an H100, 16 heads of
-128, forward and backward: 7.0 ms instead of 12.6 for 16,384 tokens, 0.71 instead of 1.13 for 25 times 640). Elsewhere
+128, forward and backward: 7.0 ms instead of 12.6 for 16,384 tokens, 0.71 instead of 1.13 for 25 times 640), unless most
+of the work is in others. Elsewhere
 sequences of similar length are gathered into padded batches for scaled_dot_product_attention: one call for many short
 sequences, no quadratic waste for uneven ones.
 """
@@ -23,10 +24,11 @@ from torch import Tensor
 _MIN_FILL = 0.75
 _MAX_PADDING = 8
 
-LONG = (
-    2048  # tokens from which on a sequence alone is cuDNN's: calls for shorter ones cost the host more than they save
-)
+LONG = 2048  # tokens from which on a sequence alone is cuDNN's
 EQUAL = 8  # sequences of one length that are, however short
+# Beside others, they must save more than it costs to split q, k and v and to join what comes of them: squares of lengths
+# a token of all. On an H200, 16 heads, a layer: 21 ns a square against 28 us a thousand tokens, and calls for the host.
+_WORTH = 2048
 _PLAN = 256  # cuDNN plans each length anew, for a tenth of a second: that of a sequence alone is rounded up
 
 
@@ -47,7 +49,7 @@ class PackedAttention:
         self._buckets = None if cu_seqlens.is_cuda else self._make_buckets(cu_seqlens.device)
         runs = _runs(starts) if starts is not None and cu_seqlens.is_cuda else []
         self._runs: list[tuple[_Run, Tensor]] | None = None  # each with its sequences' starts within it, for all layers
-        if any(run.is_dense for run in runs):
+        if _are_worth_it(runs):
             self._runs = [(run, cu_seqlens[run.first : run.last + 1] - run.start) for run in runs]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -94,6 +96,12 @@ def _runs(starts: Sequence[int]) -> list[_Run]:
             runs.append(_Run(starts[first], starts[last], first, last, is_dense))
         first = last
     return runs
+
+
+def _are_worth_it(runs: Sequence[_Run]) -> bool:
+    """Whether cuDNN for the dense ones of these pays."""
+    squares = sum((run.stop - run.start) ** 2 // (run.last - run.first) for run in runs if run.is_dense)
+    return squares > 0 and (len(runs) == 1 or squares >= _WORTH * runs[-1].stop)
 
 
 def _attend_run(run: _Run, starts: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

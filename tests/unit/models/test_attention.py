@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from asystem.models import PackedAttention
-from asystem.models.attention import EQUAL, LONG, _by_length, _runs
+from asystem.models.attention import EQUAL, LONG, _are_worth_it, _by_length, _runs
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
@@ -73,3 +73,18 @@ def test_runs_of_sequences_that_go_to_one_kernel_together() -> None:
     assert [run.start for run in _runs(starts)] == [starts[first] for first, _, _ in found]
     assert _runs(starts)[-1].stop == sum(lengths)
     assert _runs([0]) == []
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([640] * 24, True),
+        ([16_000], True),
+        ([700, 30], False),
+        ([LONG, *[400] * 30], False),  # 4 million of the 29 that joining 14,048 tokens costs
+        ([10_000, *[400] * 10], True),
+        ([*[640] * 24, 10], False),
+    ],
+)
+def test_runs_of_few_large_squares_are_not_worth_it(lengths: list[int], expected: bool) -> None:
+    assert _are_worth_it(_runs([0, *torch.tensor(lengths).cumsum(0).tolist()])) is expected

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 @pytest.mark.parametrize(
-    "lengths", [[1500], [300, 40, LONG, 7, 20, LONG + 300], [LONG - 1, 5], [30, 30, *[130] * EQUAL, 5], [LONG] * 2]
+    "lengths", [[1500], [300, 40, LONG, 7, 20, LONG + 1000], [LONG - 1, 5], [30, 30, *[130] * EQUAL, 5], [LONG] * 2]
 )
 @pytest.mark.parametrize(("heads", "kv_heads", "head"), [(4, 2, 128), (6, 6, 64), (8, 1, 80)])
 def test_long_and_short_sequences_in_one_batch(lengths: list[int], heads: int, kv_heads: int, head: int) -> None:
