@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from asystem.generation.crowds import ALONE, CrowdTable, Sharing, power_of_two
-from asystem.generation.kernels.attention import Tiling, decode_attention
+from asystem.generation.kernels.attention import Parts, Tiling, decode_attention, divide
 from asystem.generation.kernels.chosen import can_route, chosen_experts, route
 from asystem.generation.kernels.few import FewRows
 from asystem.generation.kernels.grouped import grouped_tiles
@@ -33,8 +33,8 @@ from asystem.models.decoder import MLP, Block, Decoder, RMSNorm
 from asystem.models.moe import Experts, MoE
 from asystem.models.quantized import QuantizedLinear
 
-_MOST_SPLITS = 32
-_PROGRAMS_PER_SM = 8  # attention is split until so many programs a multiprocessor can run
+_PROGRAMS_PER_SM = 16  # attention is divided into at least so many a multiprocessor
+_PARTS_PER_ROW = 2  # and into at least so many a row, so that none is much longer than others
 _TILING = Tiling(keys=64, warps=4, stages=2)
 
 
@@ -136,10 +136,12 @@ class CapturedRunner:
             rows.last_token[:batch], rows.position[:batch], rows.done[:batch], self._control, model.embed.weight,
             first.weight, first.eps, lengths,
         )  # fmt: skip
+        parts = self._divide(batch, sharing)
         qkv = _project(blocks[0].attn.qkv_proj, hidden)
         with self._kept(batch):
             for index, block in enumerate(blocks):
-                product = block.reduce(_project(block.attn.o_proj, self._attend(block, qkv, batch, sharing)))
+                attended = self._attend(block, qkv, batch, sharing, parts)
+                product = block.reduce(_project(block.attn.o_proj, attended))
                 product, x = _mlp(block, x, product)
                 if index + 1 < len(blocks):
                     follower = blocks[index + 1]
@@ -159,7 +161,7 @@ class CapturedRunner:
         blocks = self.rows.table[:batch].gather(1, (position // size)[:, None].long())[:, 0]
         return self._routing.keep(blocks, position % size, lengths > 0)
 
-    def _attend(self, block: Block, qkv: Tensor, batch: int, sharing: Sharing) -> Tensor:
+    def _attend(self, block: Block, qkv: Tensor, batch: int, sharing: Sharing, parts: Parts | None) -> Tensor:
         attn, table, lengths = block.attn, self.rows.table[:batch], self._lengths[:batch]
         keys, values = self.cache.data[block.index]
         q_norm, k_norm = attn.q_norm, attn.k_norm
@@ -170,19 +172,23 @@ class CapturedRunner:
             qkv, None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
             0.0 if q_norm is None else q_norm.eps, self._cos, self._sin, lengths, table, keys, values,
         )  # fmt: skip
-        if batch <= MOST_ROWS:
+        if parts is None:
             return self._few.attend(*turned)
         rotary_write(*turned, attn.num_heads)
-        splits = self._splits(batch * attn.num_kv_heads)
         return decode_attention(
-            qkv, keys, values, table, lengths, attn.num_heads, splits=splits,
-            crowds=self._crowds.of(batch, sharing), crowd_splits=sharing.splits, tiling=_TILING,
+            qkv, keys, values, table, lengths, attn.num_heads, parts, crowds=self._crowds.of(batch, sharing),
+            crowd_splits=sharing.splits, tiling=_TILING,
         )  # fmt: skip
 
-    def _splits(self, programs: int) -> int:
-        """Parts to cut each sequence into: enough programs for the device, but no parts shorter than a few tiles."""
-        longest = -(-self.rows.tokens.shape[1] // (2 * _TILING.keys))
-        return max(1, min(_PROGRAMS_PER_SM * self._processors // programs, longest, _MOST_SPLITS))
+    def _divide(self, batch: int, sharing: Sharing) -> Parts | None:
+        """Parts for the attention of all layers: enough programs for the device, but none of few tiles."""
+        if batch <= MOST_ROWS:
+            return None  # `FewRows` divides by itself
+        kv_heads = self.cache.num_kv_heads
+        fill = _PROGRAMS_PER_SM * self._processors // kv_heads
+        least = _TILING.keys * (2 if 2 * batch < fill else 4)
+        aim = max(fill, _PARTS_PER_ROW * batch)
+        return divide(self._lengths[:batch], kv_heads, aim=aim, least=least, crowds=self._crowds.of(batch, sharing))
 
     def _draw_truncated(self, logits: Tensor, batch: int) -> None:
         """Top-k and top-p, by the sampler; what `Rows.record` does, for rows that do not stand still."""

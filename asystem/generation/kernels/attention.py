@@ -1,8 +1,11 @@
-"""Paged, grouped-query attention of one new token a sequence, split over the keys' length.
+"""Paged, grouped-query attention of one new token a sequence, in parts of about equal length.
 
-Samples of one group share the blocks of their prompt. A *crowd* is up to `CROWD` such rows; one program reads the
-shared blocks once for all of them, others read what each row has alone, and the parts are joined by their
-softmax sums. Without crowds or splits there is one part a row and no second launch.
+Sequences have any length, and a device is busy until the last program ends: so what each row attends to is divided,
+once a step, into parts of a length that fills the device some times over (`divide`), one program each and key head.
+Whoever finishes a row's last part joins them all.
+
+Samples of one group share the blocks of their prompt. A *crowd* is up to `CROWD` such rows; a launch of its own reads
+the shared blocks once for all of them, and what it finds is joined to what each row has alone.
 """
 
 from __future__ import annotations
@@ -43,154 +46,217 @@ class Crowds:
     skip: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts that rows' own tokens are divided into, one row's after another's; for all layers of a step.
+
+    Attributes:
+        first: [B + 1] int32, the number of each row's first part; at last, of all parts.
+        owner: [P] int32, the row of each part; P is the most that there may be.
+        arrived: [B * Hk] int32, parts of each row and key head that are done; whoever joins them sets it back to 0.
+    """
+
+    first: Tensor
+    owner: Tensor
+    arrived: Tensor
+
+
 @triton.jit
-def _attend_kernel(
-    q, keys, values, table, lengths, skip, crowd_rows, crowd_shared, out, part_acc, part_sum, part_max,
-    q_stride, table_stride, num_rows, scale,
-    SPLITS: tl.constexpr, CROWD_SPLITS: tl.constexpr, CROWDS: tl.constexpr, CROWD: tl.constexpr,
-    GROUP: tl.constexpr, M: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, N: tl.constexpr, DIRECT: tl.constexpr, ADDS: tl.constexpr, PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
+def _divide_kernel(
+    lengths, skip, first, owner, num_rows, aim, least, ROWS: tl.constexpr, SHARED: tl.constexpr, OVERLAP: tl.constexpr
+):
     if OVERLAP:
-        # A launch that adds the crowds' parts starts beside the launch that computes them, which has waited for all
-        # that came before: it waits for it when it needs those parts, at its end.
-        if not ADDS:
-            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    kv_head, item = tl.program_id(0), tl.program_id(1)
-    lane = tl.arange(0, M)
-    # Crowds come first: theirs are the longest programs.
-    if item < CROWDS * CROWD_SPLITS:
-        crowd = item // max(CROWD_SPLITS, 1)
-        slot = item % max(CROWD_SPLITS, 1)
-        stop = tl.load(crowd_shared + crowd)
-        member = tl.load(crowd_rows + crowd * CROWD + lane // GROUP, mask=lane < CROWD * GROUP, other=-1)
-        row = tl.load(crowd_rows + crowd * CROWD).to(tl.int64)
-        span = tl.cdiv(tl.cdiv(stop, max(CROWD_SPLITS, 1)), N) * N
-        begin = slot * span
-    else:
-        row = ((item - CROWDS * CROWD_SPLITS) // SPLITS).to(tl.int64)
-        split = (item - CROWDS * CROWD_SPLITS) % SPLITS
-        slot = CROWD_SPLITS + split
-        stop = tl.load(lengths + row)
-        member = tl.where(lane < GROUP, row, -1).to(tl.int32)
-        begin = stop * 0
-        if CROWD_SPLITS > 0 or ADDS > 0:
-            begin = tl.minimum(tl.load(skip + row), stop)
-        span = tl.cdiv(tl.cdiv(stop - begin, SPLITS), N) * N
-        begin += split * span
-    end = tl.minimum(begin + span, stop)
-    if begin >= end:
-        if OVERLAP and ADDS > 0:
-            tl.extra.cuda.gdc_wait()
-        return  # who joins the parts knows from the same numbers that this one is empty
-    columns = tl.arange(0, HEAD_PAD)
-    column_mask = columns < HEAD
-    head = kv_head * GROUP + lane % GROUP
-    real = member >= 0
-    query = tl.load(
-        q + member[:, None].to(tl.int64) * q_stride + head[:, None] * HEAD + columns[None, :],
-        mask=real[:, None] & column_mask[None, :], other=0.0,
+    row = tl.arange(0, ROWS)
+    own = tl.load(lengths + row, mask=row < num_rows, other=0)
+    stands = own == 0
+    if SHARED:
+        own -= tl.minimum(tl.load(skip + row, mask=row < num_rows, other=0), own)
+    span = tl.maximum(tl.cdiv(tl.sum(own, 0), aim), least)
+    count = tl.where(stands, 0, tl.maximum(tl.cdiv(own, span), 1))
+    begin = tl.cumsum(count, 0) - count
+    tl.store(first + row, begin, mask=row < num_rows)
+    tl.store(first + num_rows, tl.sum(count, 0))
+    for part in range(tl.max(count, 0)):
+        tl.store(owner + begin + part, row, mask=part < count)
+
+
+def divide(lengths: Tensor, kv_heads: int, *, aim: int, least: int, crowds: Crowds | None = None) -> Parts:
+    """Divides what rows attend to alone into about `aim` parts, and at most one a row more.
+
+    Args:
+        lengths: [B] int32, tokens of each row; 0 = it stands still and has no part. least: tokens of a part that are
+            worth a program.
+    """
+    rows, device = len(lengths), lengths.device
+    first = torch.empty(rows + 1, dtype=torch.int32, device=device)
+    owner = torch.empty(rows + aim, dtype=torch.int32, device=device)
+    padded, overlap = triton.next_power_of_2(rows), overlaps(device)
+    _divide_kernel[(1,)](
+        lengths, lengths if crowds is None else crowds.skip, first, owner, rows, aim, least, ROWS=padded,
+        SHARED=crowds is not None, OVERLAP=overlap, num_warps=min(16, max(1, padded // 32)), launch_pdl=overlap,
     )  # fmt: skip
+    return Parts(first, owner, torch.zeros(rows * kv_heads, dtype=torch.int32, device=device))
+
+
+@triton.jit
+def _read(
+    query, keys, values, line, kv_head, begin, end, scale,
+    M: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attention of queries [M, d] to tokens begin..end: highest scores, sums of weights, and weighted values."""
+    columns = tl.arange(0, HEAD_PAD)
     peak = tl.full([M], -1.0e30, tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, HEAD_PAD], tl.float32)
     for place in range(begin, end, N):
         token = place + tl.arange(0, N)
         inside = token < end
-        block = tl.load(table + row * table_stride + token // BLOCK_SIZE, mask=inside, other=0)
+        block = tl.load(line + token // BLOCK_SIZE, mask=inside, other=0)
         source = ((block * KV_HEADS + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE) * HEAD
         tile = source[:, None] + columns[None, :]
-        tile_mask = inside[:, None] & column_mask[None, :]
+        tile_mask = inside[:, None] & (columns < HEAD)[None, :]
         key = tl.load(keys + tile, mask=tile_mask, other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         score = tl.where(inside[None, :], score * scale, -1.0e30)
-        new_peak = tl.maximum(peak, tl.max(score, 1))
-        weight = tl.exp2(score - new_peak[:, None])
-        fade = tl.exp2(peak - new_peak)
+        top = tl.maximum(peak, tl.max(score, 1))
+        weight = tl.exp2(score - top[:, None])
+        fade = tl.exp2(peak - top)
         total = total * fade + tl.sum(weight, 1)
         value = tl.load(values + tile, mask=tile_mask, other=0.0)
         acc = acc * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
-        peak = new_peak
-    place = member.to(tl.int64) * (KV_HEADS * GROUP) + head
-    if ADDS > 0:
-        if OVERLAP:
-            tl.extra.cuda.gdc_wait()
-        shared = tl.minimum(tl.load(skip + row), tl.load(lengths + row))
-        part_span = tl.cdiv(tl.cdiv(shared, ADDS), N) * N
-        for other in tl.static_range(ADDS):
-            there = real & (lane < tl.where(other * part_span < shared, M, 0))
-            part = other * num_rows * (KV_HEADS * GROUP) + place
-            part_peak = tl.load(part_max + part, mask=there, other=-1.0e30)
-            part_total = tl.load(part_sum + part, mask=there, other=0.0)
-            mean = tl.load(
-                part_acc + part[:, None] * HEAD + columns[None, :],
-                mask=there[:, None] & column_mask[None, :],
-                other=0.0,
-            )
-            new_peak = tl.maximum(peak, part_peak)
-            fade, gain = tl.exp2(peak - new_peak), tl.exp2(part_peak - new_peak)
-            total = total * fade + part_total * gain
-            acc = acc * fade[:, None] + mean.to(tl.float32) * (part_total * gain)[:, None]
-            peak = new_peak
-    if DIRECT:
-        result = (acc / total[:, None]).to(out.dtype.element_ty)
-        tl.store(out + place[:, None] * HEAD + columns[None, :], result, mask=real[:, None] & column_mask[None, :])
-    else:
-        part = slot * num_rows * (KV_HEADS * GROUP) + place
-        mean = (acc / total[:, None]).to(part_acc.dtype.element_ty)
-        tl.store(part_acc + part[:, None] * HEAD + columns[None, :], mean, mask=real[:, None] & column_mask[None, :])
-        tl.store(part_sum + part, total, mask=real)
-        tl.store(part_max + part, peak, mask=real)
+        peak = top
+    return peak, total, acc
 
 
 @triton.jit
-def _join_kernel(
-    lengths, skip, out, part_acc, part_sum, part_max, num_rows,
-    SPLITS: tl.constexpr, CROWD_SPLITS: tl.constexpr, HEADS: tl.constexpr,
-    HEADS_PAD: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, N: tl.constexpr, OVERLAP: tl.constexpr,
+def _join(
+    peak, total, acc, part_acc, part_sum, part_max, cell, mask, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr
+):  # fmt: skip
+    """What was read of some tokens, and what others have read of others, at ``cell`` [M] of the parts."""
+    columns = tl.arange(0, HEAD_PAD)
+    # From where all multiprocessors see it: another one has written it meanwhile.
+    other_peak = tl.load(part_max + cell, mask=mask, other=-1.0e30, cache_modifier=".cg")
+    other_total = tl.load(part_sum + cell, mask=mask, other=0.0, cache_modifier=".cg")
+    other = tl.load(
+        part_acc + cell[:, None] * HEAD + columns[None, :], mask=mask[:, None] & (columns < HEAD)[None, :], other=0.0,
+        cache_modifier=".cg",
+    )  # fmt: skip
+    top = tl.maximum(peak, other_peak)
+    fade, gain = tl.exp2(peak - top), tl.exp2(other_peak - top)
+    return top, total * fade + other_total * gain, acc * fade[:, None] + other * gain[:, None]
+
+
+@triton.jit
+def _crowd_kernel(
+    q, keys, values, table, crowd_rows, crowd_shared, part_acc, part_sum, part_max, q_stride, table_stride, num_rows,
+    scale,
+    SPLITS: tl.constexpr, CROWD: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, KV_HEADS: tl.constexpr,
+    HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0)
-    stop = tl.load(lengths + row)
-    if stop == 0:
+    kv_head, crowd, split = tl.program_id(0), tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
+    shared = tl.load(crowd_shared + crowd)
+    span = tl.cdiv(tl.cdiv(shared, SPLITS), N) * N
+    begin = split * span
+    end = tl.minimum(begin + span, shared)
+    if begin >= end:
+        return  # who joins the parts knows from the same numbers that this one is empty
+    lane, columns = tl.arange(0, M), tl.arange(0, HEAD_PAD)
+    member = tl.load(crowd_rows + crowd * CROWD + lane // GROUP, mask=lane < CROWD * GROUP, other=-1).to(tl.int64)
+    real = member >= 0
+    head = kv_head * GROUP + lane % GROUP
+    mask = real[:, None] & (columns < HEAD)[None, :]
+    query = tl.load(q + member[:, None] * q_stride + head[:, None] * HEAD + columns[None, :], mask=mask, other=0.0)
+    line = table + tl.load(crowd_rows + crowd * CROWD).to(tl.int64) * table_stride
+    peak, total, acc = _read(
+        query, keys, values, line, kv_head, begin, end, scale, M, KV_HEADS, HEAD, HEAD_PAD, BLOCK_SIZE, N, PRECISION
+    )
+    cell = (split * num_rows + member) * (KV_HEADS * GROUP) + head
+    tl.store(part_acc + cell[:, None] * HEAD + columns[None, :], acc, mask=mask)
+    tl.store(part_sum + cell, total, mask=real)
+    tl.store(part_max + cell, peak, mask=real)
+
+
+@triton.jit
+def _attend_kernel(
+    q, keys, values, table, lengths, skip, first, owner, arrived, out, part_acc, part_sum, part_max,
+    crowd_acc, crowd_sum, crowd_max, q_stride, table_stride, num_rows, scale,
+    CROWD_SPLITS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr,
+    HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    if OVERLAP:
+        # Beside a launch that reads for crowds, and has waited for all that came before, it starts at once, and waits
+        # for it when it needs what that has read.
+        if CROWD_SPLITS == 0:
+            tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    kv_head, part = tl.program_id(0), tl.program_id(1)
+    if part >= tl.load(first + num_rows):
+        if OVERLAP and CROWD_SPLITS > 0:
+            tl.extra.cuda.gdc_wait()
         return
-    head = tl.program_id(1) * HEADS_PAD + tl.arange(0, HEADS_PAD)
-    columns = tl.arange(0, HEAD_PAD)
-    mask = (head < HEADS)[:, None] & (columns < HEAD)[None, :]
+    row = tl.load(owner + part).to(tl.int64)
+    before = tl.load(first + row)
+    count = tl.load(first + row + 1) - before
+    stop = tl.load(lengths + row)
     shared = stop * 0
     if CROWD_SPLITS > 0:
         shared = tl.minimum(tl.load(skip + row), stop)
-    peak = tl.full([HEADS_PAD], -1.0e30, tl.float32)
-    total = tl.zeros([HEADS_PAD], tl.float32)
-    acc = tl.zeros([HEADS_PAD, HEAD_PAD], tl.float32)
-    for slot in tl.static_range(CROWD_SPLITS + SPLITS):
-        if slot < CROWD_SPLITS:
-            span = tl.cdiv(tl.cdiv(shared, max(CROWD_SPLITS, 1)), N) * N
-            left = shared - slot * span
-        else:
-            span = tl.cdiv(tl.cdiv(stop - shared, SPLITS), N) * N
-            left = stop - shared - (slot - CROWD_SPLITS) * span
-        part = (slot * num_rows + row) * HEADS + head
-        there = head < tl.where(left > 0, HEADS, 0)
-        part_peak = tl.load(part_max + part, mask=there, other=-1.0e30)
-        part_total = tl.load(part_sum + part, mask=there, other=0.0)
-        value = tl.load(part_acc + part[:, None] * HEAD + columns[None, :], mask=mask & there[:, None], other=0.0)
-        new_peak = tl.maximum(peak, part_peak)
-        fade, gain = tl.exp2(peak - new_peak), tl.exp2(part_peak - new_peak)
-        total = total * fade + part_total * gain
-        acc = acc * fade[:, None] + value.to(tl.float32) * (part_total * gain)[:, None]
-        peak = new_peak
-    result = (acc / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (row * HEADS + head)[:, None] * HEAD + columns[None, :], result, mask=mask)
+    span = tl.cdiv(tl.cdiv(stop - shared, count), N) * N
+    begin = shared + (part - before) * span
+    lane, columns = tl.arange(0, M), tl.arange(0, HEAD_PAD)
+    real = lane < GROUP
+    head = kv_head * GROUP + lane
+    mask = real[:, None] & (columns < HEAD)[None, :]
+    query = tl.load(q + row * q_stride + head[:, None] * HEAD + columns[None, :], mask=mask, other=0.0)
+    peak, total, acc = _read(
+        query, keys, values, table + row * table_stride, kv_head, begin, tl.minimum(begin + span, stop), scale,
+        M, KV_HEADS, HEAD, HEAD_PAD, BLOCK_SIZE, N, PRECISION,
+    )  # fmt: skip
+    if OVERLAP and CROWD_SPLITS > 0:
+        tl.extra.cuda.gdc_wait()
+    is_last = count == 1
+    if count > 1:
+        cell = part.to(tl.int64) * (KV_HEADS * GROUP) + head
+        tl.store(part_acc + cell[:, None] * HEAD + columns[None, :], acc, mask=mask)
+        tl.store(part_sum + cell, total, mask=real)
+        tl.store(part_max + cell, peak, mask=real)
+        tl.debug_barrier()
+        is_last = tl.atomic_add(arrived + row * KV_HEADS + kv_head, 1) == count - 1
+        if is_last:
+            tl.store(arrived + row * KV_HEADS + kv_head, 0)
+            # In their order, its own among them: sums do not depend on who is the last.
+            peak = tl.full([M], -1.0e30, tl.float32)
+            total = tl.zeros([M], tl.float32)
+            acc = tl.zeros([M, HEAD_PAD], tl.float32)
+            for other in range(before, before + count):
+                cell = tl.cast(other, tl.int64) * (KV_HEADS * GROUP) + head
+                peak, total, acc = _join(
+                    peak, total, acc, part_acc, part_sum, part_max, cell, real, HEAD, HEAD_PAD
+                )  # fmt: skip
+    if is_last:
+        cell = row * (KV_HEADS * GROUP) + head
+        if CROWD_SPLITS > 0:
+            crowd_span = tl.cdiv(tl.cdiv(shared, CROWD_SPLITS), N) * N
+            for split in tl.static_range(CROWD_SPLITS):
+                there = real & (lane < tl.where(split * crowd_span < shared, M, 0))
+                place = split * num_rows * (KV_HEADS * GROUP) + cell
+                peak, total, acc = _join(
+                    peak, total, acc, crowd_acc, crowd_sum, crowd_max, place, there, HEAD, HEAD_PAD
+                )  # fmt: skip
+        result = (acc / tl.where(real, total, 1.0)[:, None]).to(out.dtype.element_ty)
+        tl.store(out + cell[:, None] * HEAD + columns[None, :], result, mask=mask)
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, num_heads: int, *,
-    splits: int = 1, crowds: Crowds | None = None, crowd_splits: int = 1, tiling: Tiling = Tiling(),
+    q: Tensor, keys: Tensor, values: Tensor, table: Tensor, lengths: Tensor, num_heads: int, parts: Parts, *,
+    crowds: Crowds | None = None, crowd_splits: int = 1, tiling: Tiling = Tiling(),
 ) -> Tensor:  # fmt: skip
     """Attention of one token a row over its cached keys and values, its own included.
 
@@ -198,50 +264,45 @@ def decode_attention(
         q: [B, at least Hq * d], the heads first; only its rows' stride is free.
         keys, values: [blocks, Hk, block_size, d].
         table: [B, M] int64. lengths: [B] int32, tokens to attend to; a row with 0 is left unwritten.
-        splits: parts that each row's own keys are cut into; more of them keep a device busy with few rows.
+        parts: of these lengths and crowds, by `divide`.
         crowds: rows that share a prefix; None = each row reads all of its own. crowd_splits: parts of each prefix.
 
     Returns:
         [B, Hq * d] in q's dtype.
     """
     rows, (_, kv_heads, block_size, head) = len(q), keys.shape
-    group = num_heads // kv_heads
+    group, scale = num_heads // kv_heads, head**-0.5 * 1.4426950408889634
     out = q.new_empty(rows, num_heads * head)
-    num_crowds = 0 if crowds is None else len(crowds.shared)
+    of_parts = _results(len(parts.owner), num_heads, head, q.device)
+    overlap = overlaps(q.device)
+    common = {
+        "GROUP": group, "KV_HEADS": kv_heads, "HEAD": head, "HEAD_PAD": triton.next_power_of_2(head),
+        "BLOCK_SIZE": block_size, "N": tiling.keys,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",  # it only concerns float32
+        "OVERLAP": overlap, "num_warps": tiling.warps, "num_stages": tiling.stages, "launch_pdl": overlap,
+    }  # fmt: skip
+    skip, of_crowds = lengths, of_parts
     if crowds is None:
         crowd_splits = 0
-    apart = crowds is not None and splits == 1
-    direct = crowds is None and splits == 1
-    if direct:
-        acc = total = peak = out
     else:
-        parts = crowd_splits + (0 if apart else splits)
-        acc = q.new_empty(parts, rows, num_heads, head)
-        total, peak = torch.empty(2, parts, rows, num_heads, dtype=torch.float32, device=q.device).unbind()
-    skip, members, shared = (lengths,) * 3 if crowds is None else (crowds.skip, crowds.rows, crowds.shared)
-    pad, overlap = triton.next_power_of_2(head), overlaps(q.device)
-
-    def launch(num_crowds: int, crowd_splits: int, splits: int, direct: bool, adds: int) -> None:
-        lanes = max(16, triton.next_power_of_2(group * (CROWD if num_crowds else 1)))
-        _attend_kernel[(kv_heads, num_crowds * crowd_splits + rows * splits)](
-            q, keys, values, table, lengths, skip, members, shared, out, acc, total, peak,
-            q.stride(0), table.stride(0), rows, head**-0.5 * 1.4426950408889634,
-            SPLITS=max(splits, 1), CROWD_SPLITS=crowd_splits, CROWDS=num_crowds, CROWD=CROWD, GROUP=group, M=lanes,
-            KV_HEADS=kv_heads, HEAD=head, HEAD_PAD=pad, BLOCK_SIZE=block_size, N=tiling.keys, DIRECT=direct, ADDS=adds,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # it only concerns float32
-            OVERLAP=overlap, num_warps=tiling.warps, num_stages=tiling.stages, launch_pdl=overlap,
+        skip, of_crowds = crowds.skip, _results(crowd_splits * rows, num_heads, head, q.device)
+        _crowd_kernel[(kv_heads, len(crowds.shared) * crowd_splits)](
+            q, keys, values, table, crowds.rows, crowds.shared, *of_crowds, q.stride(0), table.stride(0), rows, scale,
+            SPLITS=crowd_splits, CROWD=CROWD, M=_lanes(group * CROWD), **common,
         )  # fmt: skip
-
-    if apart:
-        launch(num_crowds, crowd_splits, 0, direct=False, adds=0)
-        launch(0, 0, 1, direct=True, adds=crowd_splits)
-        return out
-    launch(num_crowds, crowd_splits, splits, direct, adds=0)
-    if not direct:
-        heads_pad = min(4, triton.next_power_of_2(num_heads))
-        _join_kernel[(rows, triton.cdiv(num_heads, heads_pad))](
-            lengths, skip, out, acc, total, peak, rows, SPLITS=splits, CROWD_SPLITS=crowd_splits,
-            HEADS=num_heads, HEADS_PAD=heads_pad, HEAD=head, HEAD_PAD=pad, N=tiling.keys, OVERLAP=overlap,
-            num_warps=2, launch_pdl=overlap,
-        )  # fmt: skip
+    _attend_kernel[(kv_heads, len(parts.owner))](
+        q, keys, values, table, lengths, skip, parts.first, parts.owner, parts.arrived, out, *of_parts, *of_crowds,
+        q.stride(0), table.stride(0), rows, scale, CROWD_SPLITS=crowd_splits, M=_lanes(group), **common,
+    )  # fmt: skip
     return out
+
+
+def _results(count: int, num_heads: int, head: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for weighted values, sums of weights and highest scores of parts."""
+    acc, *sums = (torch.empty(count, num_heads, *last, device=device) for last in ((head,), (), ()))
+    return acc, sums[0], sums[1]
+
+
+def _lanes(queries: int) -> int:
+    """Rows of a tile that holds so many; matrix units want 16."""
+    return max(16, 1 << (queries - 1).bit_length())

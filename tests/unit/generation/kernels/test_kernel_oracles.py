@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from asystem.generation.kernels import reference
-from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_attention
+from asystem.generation.kernels.attention import CROWD, Crowds, Tiling, decode_attention, divide
 from asystem.generation.kernels.chosen import can_route, chosen_experts, route
 from asystem.generation.kernels.grouped import grouped_tiles
 from asystem.generation.kernels.layers import add_rms_norm, embed, rotary_write, swiglu
@@ -58,8 +58,8 @@ def assert_close(got: Tensor, want: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", dtypes())
 @pytest.mark.parametrize("head", [64, 80, 96, 128])
-@pytest.mark.parametrize(("group", "block", "splits"), [(1, 16, 1), (2, 16, 3), (3, 32, 1), (8, 64, 5)])
-def test_attention(dtype: torch.dtype, head: int, group: int, block: int, splits: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("group", "block", "aim"), [(1, 16, 1), (2, 16, 8), (3, 32, 2), (8, 64, 12)])
+def test_attention(dtype: torch.dtype, head: int, group: int, block: int, aim: int, device: torch.device) -> None:
     lengths = [1, block - 1, block, block + 1, 0, 65, 129]
     if device.type == "cuda":
         lengths += [1023, 8192]
@@ -68,15 +68,31 @@ def test_attention(dtype: torch.dtype, head: int, group: int, block: int, splits
     q = torch.randn(len(lengths), (group + 2) * kv_heads * head, device=device, dtype=dtype)
     tiling = Tiling(keys=32, stages=2)
     args = (q, cache.keys, cache.values, cache.table, cache.lengths, group * kv_heads)
-    got = decode_attention(*args, splits=splits, tiling=tiling)
+    parts = divide(cache.lengths, kv_heads, aim=aim, least=16)
     want, real = reference.decode_attention(*args), cache.lengths > 0
-    assert_close(got[real], want[real])
+    for _ in range(2):  # the second finds what the first has left in `parts`
+        got = decode_attention(*args, parts, tiling=tiling)
+        assert_close(got[real], want[real])
+    assert not parts.arrived.any()
+
+
+def test_parts_are_of_about_one_length(device: torch.device) -> None:
+    lengths = [0, 700, 10, 64, 0, 3000, 65, 1]
+    parts = divide(torch.tensor(lengths, dtype=torch.int32, device=device), 2, aim=10, least=64)
+    # 3,840 tokens: parts of at most 384.
+    assert parts.first.tolist() == [0, 0, 2, 3, 4, 4, 12, 13, 14]
+    assert parts.owner[:14].tolist() == [1, 1, 2, 3, *[5] * 8, 6, 7]
+    skip = torch.tensor([0, 690, 16, 0, 0, 0, 0, 0], dtype=torch.int32, device=device)
+    crowds = Crowds(skip[:0], skip[:0], skip)
+    parts = divide(torch.tensor(lengths, dtype=torch.int32, device=device), 2, aim=100, least=64, crowds=crowds)
+    # 10 own tokens; none, but a row that goes on has a part; the least is 64.
+    assert parts.first.tolist() == [0, 0, 1, 2, 3, 3, 50, 52, 53]
 
 
 @pytest.mark.parametrize("dtype", dtypes())
-@pytest.mark.parametrize(("group", "splits", "crowd_splits"), [(2, 1, 1), (1, 2, 1), (4, 3, 2), (8, 1, 2)])
+@pytest.mark.parametrize(("group", "aim", "crowd_splits"), [(2, 1, 1), (1, 20, 1), (4, 12, 2), (8, 6, 2)])
 def test_attention_with_shared_prefixes(
-    dtype: torch.dtype, group: int, splits: int, crowd_splits: int, device: torch.device
+    dtype: torch.dtype, group: int, aim: int, crowd_splits: int, device: torch.device
 ) -> None:
     block, shared, head, kv_heads = 16, 3, 64, 2
     lengths = [49, 64, 0, 50, 100, 53, 70, 61, 66, 48]  # a row that stands still, one with its whole prompt shared
@@ -88,9 +104,8 @@ def test_attention_with_shared_prefixes(
     crowds = Crowds(members.to(device), shares.to(device), skip.to(device))
     q = torch.randn(len(lengths), group * kv_heads * head, device=device, dtype=dtype)
     args = (q, cache.keys, cache.values, cache.table, cache.lengths, group * kv_heads)
-    got = decode_attention(
-        *args, splits=splits, crowds=crowds, crowd_splits=crowd_splits, tiling=Tiling(keys=32, stages=2)
-    )
+    parts = divide(cache.lengths, kv_heads, aim=aim, least=16, crowds=crowds)
+    got = decode_attention(*args, parts, crowds=crowds, crowd_splits=crowd_splits, tiling=Tiling(keys=32, stages=2))
     want, real = reference.decode_attention(*args), cache.lengths > 0
     assert_close(got[real], want[real])
 
