@@ -26,8 +26,8 @@ _MAX_PADDING = 8
 
 LONG = 2048  # tokens from which on a sequence alone is cuDNN's
 EQUAL = 8  # sequences of one length that are, however short
-# Beside others, they must save more than it costs to split q, k and v and to join what comes of them: squares of lengths
-# a token of all. On an H200, 16 heads, a layer: 21 ns a square against 28 us a thousand tokens, and calls for the host.
+# Squares of lengths a token of all from which on these pay beside others, for q, k and v are split then and what comes
+# of them joined. On an H200, 16 heads, a layer: 21 ns a square against 28 us a thousand tokens, and calls for the host.
 _WORTH = 2048
 _PLAN = 256  # cuDNN plans each length anew, for a tenth of a second: that of a sequence alone is rounded up
 
