@@ -275,6 +275,9 @@ class LoraConfig:
 @dataclass
 class TrainingConfig:
     ranks: int = 1  # FSDP2 over them when more than 1
+    # of several ranks, in a step of several micro-batches: 3 = a block's weights are gathered whenever it computes, 2 =
+    # once a step, 1 = and gradients are added up over ranks once a step; auto = the lowest that the GPUs' memory allows
+    zero: str = "auto"
     tensor_parallel: int = 1  # ranks that share every layer, and rows; each has a part of its heads and its MLP's width
     expert_parallel: int = 1  # ranks that the experts are spread over; each has rows of its own
     micro_batch_tokens: int = 8192  # packed tokens of one forward and backward

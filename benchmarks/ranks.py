@@ -48,6 +48,7 @@ class Case:
     """A way to train a shape; ``key`` is the option that takes all ranks, None = FSDP2 alone.
 
     Attributes:
+        zero: `training.zero`.
         mark: efficiency aimed at.
     """
 
@@ -55,6 +56,7 @@ class Case:
     name: str
     alone: bool = False
     key: str | None = None
+    zero: str = "auto"
     mark: float | None = None
 
     @property
@@ -65,6 +67,7 @@ class Case:
 CASES = [
     Case("0.6B", "one", alone=True),
     Case("0.6B", "FSDP", mark=0.9),
+    Case("0.6B", "FSDP, zero=3", zero="3"),
     Case("0.6B", "tensor", key="tensor_parallel", mark=0.75),
     Case("16 experts", "one", alone=True),
     Case("16 experts", "FSDP", mark=0.9),
@@ -117,7 +120,7 @@ def run_case(args: argparse.Namespace, case: Case, device: torch.device) -> Foun
         model = Decoder(spec)
     model = model.to_empty(device=device)
     init_weights(model, seed=0)
-    cfg = TrainingConfig(lr=1e-4, micro_batch_tokens=16_384)
+    cfg = TrainingConfig(lr=1e-4, micro_batch_tokens=16_384, zero=case.zero)
     if case.key is not None:
         setattr(cfg, case.key, args.ranks)
     dtype, world = torch.bfloat16 if cuda else torch.float32, 1 if case.alone else args.ranks

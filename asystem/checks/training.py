@@ -86,6 +86,7 @@ def training(config: Config) -> Iterator[Rule]:
 
 def memory(config: Config) -> Iterator[Rule]:
     training = config.training
+    yield training.zero not in ("auto", "1", "2", "3"), f'training.zero="{training.zero}": choose auto, 1, 2 or 3'
     is_half = training.dtype == "bfloat16" or (training.dtype == "auto" and config.device != "cpu")
     yield (
         training.master.value == "bfloat16_stochastic" and not is_half,

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from asystem.config import Master, Schedule, TrainingConfig
@@ -32,7 +31,7 @@ from asystem.training.losses import LossFn
 from asystem.training.memory import TrainingPlan, free_memory
 from asystem.training.optimizer import MasterOptimizer
 from asystem.training.policy import Policy
-from asystem.training.ranks import RankGradients, Ranks, shard_policy
+from asystem.training.ranks import RankGradients, Ranks, gather, reshard, shard_policy
 from asystem.training.schedule import LearningRate
 from asystem.training.streaming import StreamedBlocks
 
@@ -107,6 +106,7 @@ class TrainEngine:
         settled = RankGradients(self.ranks, list(params), model.spec) if world_size > 1 else None
         self.optimizer = MasterOptimizer(params, unrounded, cfg, settled, self.device)
         self._fitting = 0  # tokens of a micro-batch that is known to fit in memory
+        self._zero = 3  # until memory has been looked at
         self.start_phase(cfg.lr, cfg.schedule, cfg.lr_warmup_steps, total_steps)
 
     def start_phase(self, lr: float, schedule: Schedule, warmup_steps: int, total_steps: int) -> None:
@@ -157,11 +157,13 @@ class TrainEngine:
         policy.eval()  # without dropout, as generation
         if reference:  # which chooses its own experts, as it did when it was the model
             micro = [replace(packed, routing=None) for packed in micro]
-        results = [policy(packed) for packed in self._padded(micro)]
+        if self.world_size > 1 and not reference:
+            gather(policy, self._zero, is_last=False)
+        results = [policy(packed) for packed in self._padded(micro, self._most(micro)[0])]
         policy.train(not reference)
         self._leave_blocks()
         if self.world_size > 1:
-            policy.reshard()  # type: ignore[operator]  # else the root keeps these weights past the next update
+            reshard(policy)
         return results[: len(micro)]
 
     def step(self, micro: Sequence[PackedBatch], loss_fn: LossFn) -> Stats:
@@ -178,14 +180,17 @@ class TrainEngine:
             TrainingError: ``training.max_bad_steps`` steps in a row had such a gradient; names the rollouts.
             CapacityError: a micro-batch will not fit in the GPU's memory; says which size would.
         """
-        self._check_fits(micro)
-        padded = self._padded(micro)
+        count, largest = self._most(micro)
+        self._check_fits(count, largest)
+        padded = self._padded(micro, count)
         stats = Stats()
         losses: list[Tensor] = []
         self.balance.start(sum(len(packed.tokens) for packed in micro))
         for index, packed in enumerate(padded):
             if index == len(micro):
                 self.balance.mute()
+            if self.world_size > 1:
+                gather(self.policy, self._zero, is_last=index + 1 == count)
             loss, part = self._forward(packed, loss_fn if index < len(micro) else _idle_loss)
             (loss * self.ranks.data).backward()  # type: ignore[no-untyped-call]  # FSDP takes the mean over ranks
             self.balance.collect(counted=index < len(micro))
@@ -233,34 +238,49 @@ class TrainEngine:
         for stream in self._streams:
             stream.leave()
 
-    def _check_fits(self, micro: Sequence[PackedBatch]) -> None:
+    def _most(self, micro: Sequence[PackedBatch]) -> tuple[int, int]:
+        """Micro-batches of the rank with the most, and tokens of the largest one of all."""
+        largest = max((len(packed.tokens) for packed in micro), default=0)
+        count, tokens = self.ranks.most([len(micro), largest], self.device)
+        return count, tokens
+
+    def _check_fits(self, count: int, tokens: int) -> None:
         """Before the first step, so that a run does not end in the middle of a later one; and before larger ones, which
-        single sequences above the limit are."""
-        tokens = max((len(packed.tokens) for packed in micro), default=0)
+        single sequences above the limit are. Ranks find the same."""
         if tokens <= self._fitting:
             return
-        if len(micro) > 1:  # the next batch may fill one
+        if count > 1:  # the next batch may fill one
             tokens = max(tokens, self.cfg.micro_batch_tokens)
-        if (free := free_memory(self.device)) is not None:
-            plan = TrainingPlan(
-                self.spec,
-                self.cfg,
-                dtype=self.dtype,
-                ranks=self.world_size,
-                device=self.device.type,
-            )
-            plan.check(tokens, free)
+        free = free_memory(self.device)
+        if free is not None:
+            (short,) = self.ranks.most([-free], self.device)
+            free = -short
+        self._zero = self._lowest_stage(tokens, free)
+        if free is not None:
+            self._plan(self._zero).check(tokens, free)
         self._fitting = tokens
 
-    def _padded(self, micro: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """As many micro-batches as the rank with the most has, on the device. All at once: a later copy would wait for
-        the work that is queued before it."""
+    def _lowest_stage(self, tokens: int, free: int | None) -> int:
+        """`training.zero`: where it is auto, what gathers least and fits, with a tenth to spare for the allocator."""
         if self.world_size == 1:
-            return [packed.to(self.device) for packed in micro]
-        count = torch.tensor(len(micro), device=self.device)
-        dist.all_reduce(count, dist.ReduceOp.MAX)
-        idle = pack_one([Sample(prompt_tokens=[0], tokens=[0], token_weight=0.0)])
-        return [packed.to(self.device) for packed in [*micro, *[idle] * (int(count) - len(micro))]]
+            return 3
+        if self.cfg.zero != "auto":
+            return int(self.cfg.zero)
+        for stage in (1, 2):
+            plan = self._plan(stage).of(tokens)
+            if free is None or plan.total - plan.held <= 0.9 * free:
+                return stage
+        return 3
+
+    def _plan(self, stage: int) -> TrainingPlan:
+        cfg = replace(self.cfg, zero=str(stage))
+        return TrainingPlan(self.spec, cfg, dtype=self.dtype, ranks=self.world_size, device=self.device.type)
+
+    def _padded(self, micro: Sequence[PackedBatch], count: int) -> list[PackedBatch]:
+        """``count`` micro-batches, as the rank with the most has, on the device. All at once: a later copy would wait
+        for the work that is queued before it."""
+        idle = [pack_one([Sample(prompt_tokens=[0], tokens=[0], token_weight=0.0)])] * (count - len(micro))
+        return [packed.to(self.device) for packed in [*micro, *idle]]
 
     def _finish_step(self, stats: Stats, losses: list[float], micro: Sequence[PackedBatch]) -> None:
         lr = self.lr.at(self.steps)

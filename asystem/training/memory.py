@@ -120,6 +120,7 @@ class TrainingPlan:
         model: Decoder | None = None,
     ) -> None:
         self.cfg, self.dtype, self.ranks = cfg, dtype, ranks
+        self.zero = 3 if cfg.zero == "auto" else int(cfg.zero)  # auto takes what is left beside the least
         self.offloads = cfg.offload_optimizer and device == "cuda"
         self.compiled = cfg.compile is Compile.always or (cfg.compile is Compile.auto and device == "cuda")
         self.streams = cfg.offload_parameters and device == "cuda"
@@ -217,14 +218,18 @@ class TrainingPlan:
         return sums + passing
 
     def _gathered(self) -> int:
-        """Under FSDP2: embedding, norm and head throughout, two blocks, and one block's gradients in float32."""
+        """Under FSDP2: embedding, norm and head throughout, two blocks (all of them below stage 3), and one block's
+        gradients in float32; in stage 1 all gradients beside."""
         if self.ranks == 1:
             return 0
         layers = [list(layer.parameters()) for layer in self.model.layers]
         block = max(sum(p.numel() for p in layer) for layer in layers)
         trained = max(sum(p.numel() for p in layer if p.requires_grad) for layer in layers)
-        root = sum(p.numel() for p in self.model.parameters()) - sum(p.numel() for layer in layers for p in layer)
-        return (root + 2 * block) * self.dtype.itemsize + trained * (4 + self.dtype.itemsize)
+        everything = sum(p.numel() for p in self.model.parameters())
+        root = everything - sum(p.numel() for layer in layers for p in layer)
+        weights = root + 2 * block if self.zero == 3 else everything
+        whole = 4 * sum(p.numel() for p in self.trained) if self.zero == 1 else 0
+        return weights * self.dtype.itemsize + trained * (4 + self.dtype.itemsize) + whole
 
     def _streaming(self) -> int:
         """Two blocks, and gradients on their way to the host: of about two blocks, and two in float32."""

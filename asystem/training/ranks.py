@@ -74,6 +74,14 @@ class Ranks:
         """Of those that have the same rows: the one whose answers count."""
         return self.shard is None or self.shard.rank == 0
 
+    def most(self, values: Sequence[int], device: torch.device) -> list[int]:
+        """The largest of each value over all ranks. Collective."""
+        if self.world == 1:
+            return list(values)
+        found = torch.tensor(list(values), device=device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return [int(value) for value in found.tolist()]
+
     def held(self, name: str, tensor: Tensor, spec: ModelSpec) -> Held:
         """What this rank has of a parameter, or of a state of it. `spec` is the part's own."""
         if self.shard is None or not name:
@@ -109,6 +117,33 @@ def shard_policy(policy: Policy, ranks: Ranks, device: torch.device, dtype: torc
             fully_shard(experts, mesh=replicas, mp_policy=precision)
         fully_shard(block, mesh=data, mp_policy=precision)
     fully_shard(policy, mesh=everywhere, mp_policy=precision, reshard_after_forward=False)
+
+
+def gather(policy: Policy, zero: int, *, is_last: bool) -> None:
+    """How the next forward and backward pass of a sharded policy goes about weights and gradients.
+
+    Stages as ZeRO numbers them (Rajbhandari et al. 2020, §5), within a step: masters and moments are sharded always.
+
+        3   a block's weights are gathered for its forward and again for its backward pass, its gradients scattered
+        2   weights stay gathered until the step's last backward pass
+        1   gradients, too, stay whole and add up until then
+
+    Args:
+        is_last: of the step's backward passes.
+    """
+    for block in policy.decoder.layers:  # the rest stays gathered from forward to backward anyway
+        block.set_reshard_after_forward(zero == 3)  # type: ignore[operator]
+    policy.set_reshard_after_backward(zero == 3 or is_last)  # type: ignore[operator]
+    policy.set_requires_gradient_sync(zero > 1 or is_last)  # type: ignore[operator]
+
+
+def reshard(policy: Policy) -> None:
+    """Lets go of gathered weights, which the next update changes."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class RankGradients:

@@ -15,10 +15,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from asystem.algorithms import value_loss
 from asystem.config import AlgorithmConfig, CheckpointConfig, TrainingConfig
-from asystem.data.packing import PackedBatch, Sample, pack
+from asystem.data.packing import PackedBatch, Sample, pack, pack_one
 from asystem.errors import TrainingError
 from asystem.models import Decoder, ModelSpec, MoESpec, init_weights
 from asystem.state import Inbox, Outbox
@@ -33,6 +34,7 @@ SHARES = {"even": [[0, 2, 4], [1, 3]], "uneven": [[0, 1, 2, 3], [4]], "empty": [
 SHARES["experts"] = SHARES["uneven"]
 SCENARIOS = [("even", "tied"), ("uneven", "untied"), ("empty", "tied"), ("experts", "experts")]  # share, model
 ALL = [0, 1, 2, 3, 4]
+ZERO = {"even": "1", "uneven": "2", "empty": "3", "experts": "auto"}
 
 
 MOE = MoESpec(6, 2, 8, 8, (0,), score="sigmoid", groups=3, top_groups=2, has_bias=True)
@@ -80,7 +82,7 @@ def _train(engine: TrainEngine, rows: list[int]) -> tuple[list[Stats], list[Tens
 
 def _scenario(rank: int, folder: Path, share: str, kind: str) -> dict[str, Any]:
     """Trains, saves, loads into a second engine, and trains that on."""
-    engine = _engine(kind, WORLD)
+    engine = _engine(kind, WORLD, zero=ZERO[share])
     assert all(isinstance(p, DTensor) for p in engine.model.parameters())
     engine.keep_reference()
     stats, logprobs = _train(engine, SHARES[share][rank])
@@ -160,6 +162,32 @@ def _saved_beside_training(rank: int, folder: Path) -> dict[str, Any]:
     return {}
 
 
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _collectives(rank: int) -> dict[str, tuple[int, int]]:
+    """Gathers of weights and scatters of gradients in a step of three micro-batches, by stage."""
+    found = {}
+    for zero in ("1", "2", "3", "auto"):
+        engine = _engine("tied", WORLD, zero=zero)
+        micro = [pack_one([_samples()[row]]) for row in ([0, 1, 2], [3, 4])[rank]]
+        engine.step(micro, supervised_loss)
+        with _Calls() as calls:
+            engine.step(micro, supervised_loss)
+        gathers, scatters = (sum(word in name for name in calls.names) for word in ("allgather", "reduce_scatter"))
+        found[zero] = gathers, scatters
+    return found
+
+
 def _rank(rank: int, folder: Path) -> None:
     """All scenarios in one pair of processes, which take longer to start than to train."""
     torch.set_num_threads(1)
@@ -170,6 +198,7 @@ def _rank(rank: int, folder: Path) -> None:
     results["critic"] = _critic(rank)
     results["replayed"] = _replayed(rank)
     results["beside"] = _saved_beside_training(rank, folder)
+    results["collectives"] = _collectives(rank)
     results["bad"] = _bad_gradient_on_rank_1(rank)
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
@@ -284,6 +313,12 @@ def test_two_ranks_save_beside_training(folder: Path) -> None:
     manifest = read_manifest(folder / "beside" / "step-000003")
     assert manifest["score"] == 3.0 and manifest["files"]["note"] == len("written once")
     assert sum(name.endswith(".distcp") for name in manifest["files"]) == WORLD
+
+
+def test_lower_stages_gather_and_scatter_once_a_step(folder: Path) -> None:
+    # Two blocks and the rest: a block's weights twice a micro-batch, those of the rest once.
+    expected = {"1": (3, 3), "2": (3, 9), "3": (15, 9), "auto": (3, 3)}
+    assert _results(folder, "collectives") == [expected] * WORLD
 
 
 def test_a_bad_gradient_on_one_rank_is_skipped_by_all(folder: Path) -> None:

@@ -46,6 +46,7 @@ class Choice:
     offload: bool
     sleep: bool
     micro: int
+    zero: int = 3
     kv_tokens: int = 0
 
     @property
@@ -88,14 +89,14 @@ class Estimator:
         self._model = shapes(spec, config.training)
         self.training = cache(self._training)
         self.generation = cache(self._generation)
-        self._step = cache(lambda *plan_and_micro: self.training(*plan_and_micro[:3]).of(plan_and_micro[3]))
+        self._step = cache(lambda *plan_and_micro: self.training(*plan_and_micro[:-1]).of(plan_and_micro[-1]))
 
-    def training_config(self, recompute: Recompute, offload: bool) -> TrainingConfig:
-        return replace(self.config.training, recompute=recompute, offload_optimizer=offload)
+    def training_config(self, recompute: Recompute, offload: bool, zero: int) -> TrainingConfig:
+        return replace(self.config.training, recompute=recompute, offload_optimizer=offload, zero=str(zero))
 
     def train(self, choice: Choice) -> TrainMemory:
         """Of the choice's training alone."""
-        return self._step(choice.training_ranks, choice.recompute, choice.offload, choice.micro)
+        return self._step(choice.training_ranks, choice.recompute, choice.offload, choice.zero, choice.micro)
 
     def of(self, choice: Choice) -> Estimate:
         """Of all phases."""
@@ -151,8 +152,8 @@ class Estimator:
             generation = _added(generation, context | states | self._reference(train))
         return {"generation": generation, "training": training, "publication": dict(generation)}
 
-    def _training(self, ranks: int, recompute: Recompute, offload: bool) -> TrainingPlan:
-        cfg = self.training_config(recompute, offload)
+    def _training(self, ranks: int, recompute: Recompute, offload: bool, zero: int = 3) -> TrainingPlan:
+        cfg = self.training_config(recompute, offload, zero)
         device, model = self.machine.device, self._model
         return TrainingPlan(self.spec, cfg, dtype=self.dtype, ranks=ranks, device=device, model=model)
 

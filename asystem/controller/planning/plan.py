@@ -106,6 +106,8 @@ def with_choice(config: Config, choice: Choice, is_gpu: bool) -> Config:
     chosen.training.ranks, chosen.generation.ranks = choice.training_ranks, choice.generation_ranks
     chosen.training.micro_batch_tokens = choice.micro
     chosen.training.recompute, chosen.training.offload_optimizer = choice.recompute, choice.offload
+    if choice.training_ranks > 1:
+        chosen.training.zero = str(choice.zero)
     if is_gpu:
         chosen.device = "auto" if chosen.device == "cpu" else chosen.device  # a recipe of a CPU, on other machines
         chosen.generation.kv_tokens = choice.kv_tokens
@@ -151,7 +153,17 @@ def _choices(config: Config, machine: Machine, work: Workload, pinned: bool) -> 
             for sleep in _sleeps(config, kind, machine):
                 for recompute in (r for r in recomputes if r is not Recompute.none or not training.offload_parameters):
                     for micro in sizes:
-                        yield Choice(kind, trainers, generators, recompute, offload, sleep, micro)
+                        for zero in _stages(config, machine, trainers, pinned):
+                            yield Choice(kind, trainers, generators, recompute, offload, sleep, micro, zero)
+
+
+def _stages(config: Config, machine: Machine, trainers: int, pinned: bool) -> tuple[int, ...]:
+    """Of `training.zero`. Where that is auto and nothing is chosen here, the run takes what memory is left."""
+    if config.training.zero != "auto":
+        return (int(config.training.zero),)
+    if trainers == 1 or pinned:
+        return (3,)
+    return (1, 2, 3) if machine.is_gpu else (1,)
 
 
 def _sleeps(config: Config, kind: PlacementKind, machine: Machine) -> tuple[bool, ...]:
@@ -196,7 +208,8 @@ def _candidate(estimator: Estimator, choice: Choice, work: Workload) -> Candidat
         ),
         "training": training_seconds(
             spec, card, work, config, ranks=choice.training_ranks, micro=choice.micro, recompute=choice.recompute,
-            state_bytes=train.held + train.gradients, host_bytes=12 * trained if choice.offload else 0,
+            zero=choice.zero, state_bytes=train.held + train.gradients,
+            host_bytes=12 * trained if choice.offload else 0,
         ),
         "publication": _publication(estimator, choice),
         "sleep": 2 * memory.moving / card.bus,
@@ -226,6 +239,7 @@ def _others(best: Candidate, found: list[Candidate]) -> Iterator[tuple[str, str,
         "offload_optimizer": lambda c: c.offload,
         "sleep": lambda c: c.sleep,
         "micro_batch_tokens": lambda c: c.micro,
+        "zero": lambda c: c.zero,
     }
     for knob, value in knobs.items():
         pool = [c for c in found if knob == "placement" or c.choice.layout == best.choice.layout]

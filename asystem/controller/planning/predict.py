@@ -78,6 +78,7 @@ def training_seconds(
     ranks: int,
     micro: int,
     recompute: Recompute,
+    zero: int,
     state_bytes: int,
     host_bytes: int,
 ) -> float:
@@ -97,10 +98,12 @@ def training_seconds(
         again = shape if recompute is Recompute.full else (shape[0], 0.0, 0.0)
         flops += pass_flops(spec, *again, backward=False)
     passes, _ = evened(work, config, ranks, micro)
-    sent = passes * 8 * spec.num_parameters * (ranks - 1) / ranks  # weights twice in 2 bytes, gradients in 4
+    updates = config.training.minibatches
+    gathered, scattered = 2 * passes if zero == 3 else updates, updates if zero == 1 else passes
+    each = 2 * gathered + (0 if frozen else 4 * scattered)  # gradients in float32; adapters' are few
+    sent = each * spec.num_parameters * (ranks - 1) / ranks
     device = max(flops / (MATH * card.flops), sent / card.link) + passes * MICRO_OVERHEAD
     host = passes * spec.num_layers * (HOST_BLOCK_LORA if frozen else HOST_BLOCK)
-    updates = config.training.minibatches
     return max(device, host) + updates * (2 * state_bytes / (COPY * card.bandwidth) + host_bytes / card.bus)
 
 

@@ -29,6 +29,8 @@ def settings(config: Config, plan: Plan) -> dict[str, str | int | bool]:
         "training.recompute": chosen.training.recompute.value,
         "training.offload_optimizer": chosen.training.offload_optimizer,
     }
+    if chosen.training.ranks > 1:
+        found["training.zero"] = chosen.training.zero
     if chosen.generation.kv_tokens is not None:
         found["generation.kv_tokens"] = chosen.generation.kv_tokens
     if chosen.device != config.device:

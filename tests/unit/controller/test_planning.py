@@ -22,7 +22,7 @@ from asystem.controller.planning import (
     resolve,
     settings,
 )
-from asystem.controller.planning.predict import evened, training_seconds
+from asystem.controller.planning.predict import HOST_BLOCK, evened, training_seconds
 from asystem.data.packing import plan_bins
 from asystem.errors import CapacityError, ConfigError
 from asystem.generation.memory import plan_memory
@@ -196,12 +196,11 @@ def test_a_size_is_what_its_micro_batches_fill() -> None:
     assert half == 64 * 320 + 320, "one micro-batch, and room for rollouts longer than the mean"
 
 
-def seconds_of(config: Config, micro: int, recompute: Recompute) -> float:
-    """Of training's passes on an H200, without its update."""
+def seconds_of(config: Config, micro: int, recompute: Recompute, *, ranks: int = 1, zero: int = 3) -> float:
+    """Of training's passes on H200s, without its update."""
     spec, card = spec_from_config(config.model), machine_of(1, card="H200").card
-    return training_seconds(
-        spec, card, Workload.of(config), config, ranks=1, micro=micro, recompute=recompute, state_bytes=0, host_bytes=0
-    )
+    shape = {"ranks": ranks, "micro": micro, "recompute": recompute, "zero": zero}
+    return training_seconds(spec, card, Workload.of(config), config, **shape, state_bytes=0, host_bytes=0)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -222,6 +221,25 @@ def test_small_micro_batches_take_the_hosts_time_for_their_blocks(host: None) ->
     small = seconds_of(adapters, 2048, Recompute.none)
     assert small == pytest.approx(22 * 36 * 5.2e-3)
     assert seconds_of(adapters, 20_480, Recompute.full) < 0.6 * small, "two, for which the host has time"
+
+
+def test_lower_stages_send_less_and_hold_more() -> None:
+    """Over PCIe: 22 micro-batches of 0.6B gather 2 bytes a parameter twice each, and scatter 4."""
+    config, card = w1("qwen3_0_6b", "training.micro_batch_tokens=4096"), machine_of(1, card="4090").card
+    spec = spec_from_config(config.model)
+    sent = {3: 22 * 8, 2: 2 + 22 * 4, 1: 2 + 4}
+    for zero, each in sent.items():
+        found = training_seconds(
+            spec, replace(card, flops=1e18), Workload.of(config), config, ranks=2, micro=4096,
+            recompute=Recompute.none, zero=zero, state_bytes=0, host_bytes=0,
+        )  # fmt: skip
+        assert found == pytest.approx(max(each * 596.05e6 / 2 / card.link + 22 * 0.03, 22 * 28 * HOST_BLOCK), rel=0.01)
+    wide, narrow = plan(config, 2, 24).best.choice, plan(w1("qwen3_4b"), 2, 48).best.choice
+    assert wide.training_ranks == 2 and wide.zero == 1
+    assert narrow.zero == 3 or narrow.training_ranks == 1, "gradients of 4B are 16 GB, weights 8"
+    fixed = plan(w1("qwen3_0_6b", "training.zero=3"), 2, 24)
+    assert fixed.best.choice.zero == 3
+    assert fixed.apply(config).training.zero == "3"
 
 
 def test_recompute_buys_micro_batches_that_the_host_keeps_up_with(host: None) -> None:

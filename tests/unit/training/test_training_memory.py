@@ -207,6 +207,11 @@ def test_ranks_share_states_and_gather_weights() -> None:
     block = SHAPE.num_parameters - 151_936 * 1024 - 1024
     assert four.gathered == 2 * (151_936 * 1024 + 1024) + block // 28 * (2 * 2 + 4 + 2)
     assert four.activations == alone.activations
+    weights, gradients = (
+        train_memory(SHAPE, TrainingConfig(zero=zero), dtype=HALF, ranks=4).gathered for zero in ("2", "1")
+    )
+    assert weights == 2 * SHAPE.num_parameters + block // 28 * (4 + 2)
+    assert gradients == weights + 4 * SHAPE.num_parameters
 
 
 @pytest.mark.parametrize("recompute", Recompute)
