@@ -175,7 +175,7 @@ class Sender(Rank):
         blocks = [parameter.detach() for parameter in self.model.parameters()]
 
         def check() -> None:
-            settled(lazy_checksums([(b, Box.whole(tuple(b.shape)), tuple(b.shape)) for b in blocks]))
+            settled([lazy_checksums([(b, Box.whole(tuple(b.shape)), tuple(b.shape)) for b in blocks])])
 
         return self.best(check)
 
