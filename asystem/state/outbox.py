@@ -48,7 +48,7 @@ class Outbox:
     ) -> None:
         self.model, self.dtype, self.verify_every = model, dtype, verify_every
         self.transport, self.rank = transport, rank
-        self._addresses: list[int] = []
+        self._seen: list[tuple[int, int]] = []
         self._weights: list[PlainWeight] = []
         self._frozen: list[PlainWeight] = []
         self._changing: _Part | None = None
@@ -70,15 +70,26 @@ class Outbox:
         return self._changing.write(self._weights, verify, self._once)
 
     def _look(self) -> None:
-        """Looks through the model again, unless its parameters lie where they lay; FSDP has new ones at times."""
-        parameters = list(self.model.parameters())
-        is_sharded = any(hasattr(parameter, "placements") for parameter in parameters)
-        addresses = [] if is_sharded else [parameter.data_ptr() for parameter in parameters]
-        if not addresses or addresses != self._addresses:
+        """Looks through the model again, unless its parameters are the same and lie where they lay; FSDP has new ones
+        at times, whose addresses say nothing."""
+        parameters = _parameters(self.model)
+        is_plain = all(type(parameter) is nn.Parameter for parameter in parameters)
+        seen = [(id(parameter), parameter.data_ptr()) for parameter in parameters] if is_plain else []
+        if not seen or seen != self._seen:
             weights = plain_weights(self.model)
             self._weights = [weight for weight in weights if not weight.frozen]
             self._frozen = [weight for weight in weights if weight.frozen]
-            self._addresses = addresses
+            self._seen = seen
+
+
+def _parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All of a model's, tied ones more than once."""
+    # Not `Module.parameters`: with names, and to tell tied ones apart, it takes five times as long at each publication.
+    found, modules = [], [model]
+    for module in modules:  # which grow
+        modules += [child for child in module._modules.values() if child is not None]
+        found += [parameter for parameter in module._parameters.values() if parameter is not None]
+    return found
 
 
 class _Part:

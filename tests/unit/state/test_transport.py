@@ -268,6 +268,28 @@ def test_a_parameter_that_moved_out_of_the_buffer_is_copied_into_it_again() -> N
     assert next(half.model.parameters()).dtype is torch.float32, "what is rounded on its way is copied"
 
 
+def test_a_parameter_that_was_replaced_is_sent_and_one_that_moved_is_verified_where_it_is() -> None:
+    source, target = _model(1), _model(2)
+    outbox, inbox = Outbox(source, transport=Transport.shared_memory), Inbox(target)
+    for _ in range(2):
+        inbox.read([outbox.write()])
+    source.layers[1].attn.o_proj.weight = torch.nn.Parameter(torch.full((16, 16), 3.0))  # type: ignore[union-attr]
+    source.norm.weight.data = torch.full((16,), 5.0)
+    inbox.read([outbox.write()])
+    assert bool((target.get_parameter("layers.1.attn.o_proj.weight") == 3).all())
+    assert bool((target.norm.weight == 5).all())
+    moved = {name: parameter.detach().clone() for name, parameter in target.named_parameters()}
+    for name, parameter in target.named_parameters():
+        parameter.data = moved[name]
+    with torch.no_grad():
+        source.norm.weight.fill_(7)
+    inbox.read([outbox.write()])
+    assert bool((moved["norm.weight"] == 7).all())
+    source.layers[0] = _model(4).layers[0]  # a whole layer
+    inbox.read([outbox.write()])
+    assert all(torch.equal(p, source.get_parameter(name)) for name, p in target.named_parameters())
+
+
 @pytest.mark.parametrize("shard", [None, Shard(1, 2)])
 def test_sums_that_stand_ready_show_what_was_corrupted_later(
     shard: Shard | None, monkeypatch: pytest.MonkeyPatch
