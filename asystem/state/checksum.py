@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from asystem.models import Box
 Part = tuple[Tensor, Box, tuple[int, ...]]
 """A block, where it lies, and the shape of its parameter."""
 
+Sent = tuple[int, int]
+"""The number of a sender, and that of one of its checksums."""
+
 MODULUS = 1 << 32
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _AT_ONCE = 1 << 19  # numbers: a part that stays in a processor's cache
@@ -27,74 +31,159 @@ _AT_ONCE = 1 << 19  # numbers: a part that stays in a processor's cache
 
 def checksum(block: Tensor, box: Box, shape: tuple[int, ...]) -> int:
     """Of a block, which lies at ``box`` in a parameter of ``shape``. Equal blocks on any device have equal ones."""
-    return settled([lazy_checksum(block, box, shape)])[0]
+    return settled([lazy_checksums([(block, box, shape)])])[0]
 
 
-def lazy_checksum(block: Tensor, box: Box, shape: tuple[int, ...]) -> Tensor:
-    """The same on the block's device, [] int64 and not yet modulo 2^32: nothing waits for it."""
-    return lazy_checksums([(block, box, shape)])[0]
+def lazy_checksums(parts: Sequence[Part]) -> Tensor:
+    """Of blocks as they are now, see `Checksums.take`."""
+    return Checksums(parts).take()
 
 
-@torch.no_grad()
-def lazy_checksums(parts: Sequence[Part]) -> list[Tensor]:
-    """Of blocks on one device; on a GPU in one launch, which a model's some hundred parameters would else wait for."""
-    weighed = [(_bits(block, box), *_place_weights(box, shape, block.device)) for block, box, shape in parts]
-    if parts and parts[0][0].is_cuda:
-        from asystem.state.kernels import weighted_sums
+class Checksums:
+    """Of blocks that stay where they are, on whatever devices: what their sums need is made once, for many times.
 
-        return weighted_sums(weighed)
-    return [_sum_in_pieces(*each) for each in weighed]
+    On a GPU all blocks that are alike are read in one launch: a model's some hundred parameters would else wait for it.
+    """
+
+    @torch.no_grad()
+    def __init__(self, parts: Sequence[Part]) -> None:
+        chosen: dict[torch.device, list[int]] = {}
+        for index, (block, _, _) in enumerate(parts):
+            chosen.setdefault(block.device, []).append(index)
+        devices = sorted(chosen, key=lambda device: device.type == "cpu")  # GPUs work while the host does
+        self._sums = [_sums_of([parts[index] for index in chosen[device]], device) for device in devices]
+        self._order: Tensor | None = None
+        if len(devices) > 1:
+            numbers = [index for device in devices for index in chosen[device]]
+            self._order = torch.tensor(numbers).argsort().to(devices[0])
+
+    @torch.no_grad()
+    def take(self) -> Tensor:
+        """Of the numbers as they are now, [parts] int64 and not yet modulo 2^32; on a GPU if a block is on one.
+
+        Nothing waits for it, unless blocks lie on several devices.
+        """
+        sums = [each.take() for each in self._sums]
+        if self._order is None:
+            return sums[0] if sums else torch.zeros(0, dtype=torch.int64)
+        return torch.cat([each.to(self._order.device) for each in sums])[self._order]
 
 
-def _bits(block: Tensor, box: Box) -> Tensor:
-    """Its rows, [R, W] of integers."""
-    width = box.shape[-1] if box.shape else 1
-    return block.reshape(-1 if block.numel() else 0, width).view(_BITS[block.element_size()])
+class _Sums(Protocol):
+    def take(self) -> Tensor: ...
 
 
-def _sum_in_pieces(rows: Tensor, row_weights: Tensor, column_weights: Tensor) -> Tensor:
-    total = torch.zeros((), dtype=torch.int64)
-    count = max(1, _AT_ONCE // max(1, rows.shape[1]))
-    for start in range(0, len(rows), count):
-        sums = (rows[start : start + count] * column_weights).sum(1, dtype=torch.int32)  # they wrap around
-        total += (sums * row_weights[start : start + count]).sum()
-    return total
+def _sums_of(parts: Sequence[Part], device: torch.device) -> _Sums:
+    weighed = [(index, *rows) for index, part in enumerate(parts) for rows in _weighed(*part)]
+    if device.type == "cuda":
+        from asystem.state.kernels import WeightedSums
+
+        return WeightedSums(weighed, len(parts), device)
+    return _HostSums(weighed, len(parts))
+
+
+class _HostSums:
+    """As `kernels.WeightedSums`, in pieces that stay in a processor's cache."""
+
+    def __init__(self, parts: Sequence[tuple[int, Tensor, Tensor, Tensor]], count: int) -> None:
+        self._count = count
+        self._pieces: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        for index, rows, row_weights, column_weights in parts:
+            size = max(1, _AT_ONCE // rows.shape[1])
+            pieces = zip(torch.split(rows, size), torch.split(row_weights, size), strict=True)
+            self._pieces += [(index, *piece, column_weights) for piece in pieces]
+
+    def take(self) -> Tensor:
+        totals = [0] * self._count
+        for index, rows, row_weights, column_weights in self._pieces:
+            sums = (rows * column_weights).sum(1, dtype=torch.int32)  # they wrap around
+            totals[index] += int(torch.dot(sums, row_weights))
+        return torch.tensor(totals, dtype=torch.int64)
+
+
+def _weighed(block: Tensor, box: Box, shape: tuple[int, ...]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Views [R, W] of a block's bits, never copies, with the weights of their rows and columns."""
+    if block.numel():
+        row_weights, column_weights = _place_weights(box, shape, block.device)
+        yield from _by_rows(block.view(_BITS[block.element_size()]), row_weights, column_weights)
+
+
+def _by_rows(bits: Tensor, row_weights: Tensor, column_weights: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """One view where the same stride leads from each row to the next, else one for each of the first dimension."""
+    if any(bits.stride(dim) != bits.stride(dim + 1) * bits.shape[dim + 1] for dim in range(bits.ndim - 2)):
+        for part, weights in zip(bits, torch.chunk(row_weights, len(bits)), strict=True):
+            yield from _by_rows(part, weights, column_weights)
+        return
+    rows = bits.view(-1, bits.shape[-1])
+    if rows.stride(1) == 1 or rows.shape[1] == 1:
+        yield rows, row_weights, column_weights
+    else:  # a transposed matrix; a part of the weights is copied to where the kernel can read several at once
+        assert rows.stride(0) == 1 or len(rows) == 1, f"numbers of a block are {rows.stride()} apart"
+        yield rows.T, column_weights, row_weights.clone()
 
 
 def settled(sums: Sequence[Tensor]) -> list[int]:
-    """Checksums as numbers; a device is waited for once, whatever their number."""
-    values = [0] * len(sums)
-    for device in {value.device for value in sums}:
-        chosen = [index for index, value in enumerate(sums) if value.device == device]
-        for index, value in zip(chosen, torch.stack([sums[index] for index in chosen]).tolist(), strict=True):
-            values[index] = value % MODULUS
-    return values
+    """Checksums [n] as numbers, one after another; a device is waited for once, whatever their number."""
+    numbers: list[list[int]] = [[]] * len(sums)
+    for device in {each.device for each in sums}:
+        chosen = [index for index, each in enumerate(sums) if each.device == device]
+        values = iter(torch.cat([sums[index] for index in chosen]).tolist())
+        for index in chosen:
+            numbers[index] = [next(values) % MODULUS for _ in range(len(sums[index]))]
+    return [value for each in numbers for value in each]
 
 
 class Ledger:
-    """Checksums of both sides, compared all at once: numbers, tensors of one, or blocks that stand until then."""
+    """Checksums of both sides, compared all at once, and again whenever blocks that stand have new numbers."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
-        self._sides: list[tuple[int, int, int]] = []  # what is known of actual less expected; the others of either side
-        self._awaited: list[Tensor | Part] = []
+        self._parts: list[Part] = []
+        self._sums: list[Tensor] = []
+        self._of_parts: list[tuple[int, int]] = []  # of each: the number of the name, and 1 for actual, -1 for expected
+        self._of_sums: list[tuple[int, int]] = []
+        self._sent: list[tuple[int, Sent]] = []
+        self._blocks: Checksums | None = None
 
-    def add(self, name: str, actual: Sequence[Tensor | Part], expected: Sequence[int | Tensor | Part]) -> None:
-        """Enters sums that should be equal."""
-        awaited = [value for value in expected if not isinstance(value, int)]
-        known = sum(value for value in expected if isinstance(value, int))
+    def add(
+        self,
+        name: str,
+        actual: Sequence[Tensor | Part],
+        expected: Sequence[Tensor | Part] = (),
+        sent: Sequence[Sent] = (),
+    ) -> None:
+        """Enters what should have equal sums: blocks that stand until they are compared, or sums of some [n].
+
+        Args:
+            sent: more that is expected, of which checksums will be given.
+        """
+        number = len(self._names)
         self._names.append(name)
-        self._sides.append((-known, len(actual), len(awaited)))
-        self._awaited += [*actual, *awaited]
+        self._sent += [(number, each) for each in sent]
+        for sign, values in ((1, actual), (-1, expected)):
+            for value in values:
+                if isinstance(value, Tensor):
+                    self._sums.append(value)
+                    self._of_sums += [(number, sign)] * len(value)
+                else:
+                    self._parts.append(value)
+                    self._of_parts.append((number, sign))
 
-    def wrong(self) -> Iterator[str]:
-        """The names whose sums differ, in the order in which they were entered."""
-        blocks = iter(lazy_checksums([value for value in self._awaited if isinstance(value, tuple)]))
-        values = iter(settled([next(blocks) if isinstance(value, tuple) else value for value in self._awaited]))
-        for name, (known, actual, awaited) in zip(self._names, self._sides, strict=True):
-            difference = known + sum(next(values) for _ in range(actual)) - sum(next(values) for _ in range(awaited))
-            if difference % MODULUS:
-                yield name
+    def wrong(self, checksums: Sequence[Sequence[int]] = ()) -> Iterator[str]:
+        """The names whose sums differ, in the order in which they were entered.
+
+        Args:
+            checksums: that were sent, of each sender.
+        """
+        if self._blocks is None:
+            self._blocks = Checksums(self._parts)
+        differences = [0] * len(self._names)
+        values = settled([self._blocks.take(), *self._sums])
+        for (number, sign), value in zip([*self._of_parts, *self._of_sums], values, strict=True):
+            differences[number] += sign * value
+        for number, (sender, index) in self._sent:
+            differences[number] -= checksums[sender][index]
+        yield from (name for name, each in zip(self._names, differences, strict=True) if each % MODULUS)
 
 
 @lru_cache(maxsize=1024)  # layers have the same shapes

@@ -1,21 +1,41 @@
 """AState through buffers, the receiving side: a rank of generation copies what it holds out of all ranks' buffers.
 
 Buffers that stay mapped (shared memory, CUDA IPC) are looked into once: later publications are copies between views
-that stand ready. They run on the stream that decodes, since decoding waits for them anyway.
+that stand ready, and so are the sums that are compared. They run on the stream that decodes, since decoding waits for
+them anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from asystem.errors import PublicationError
 from asystem.models import Decoder, plain_parameters, weight_pieces, writing
-from asystem.state.checksum import Ledger, Part, lazy_checksum, lazy_checksums
+from asystem.state.checksum import Ledger, Part, Sent, lazy_checksums
 from asystem.state.payload import Pair, Place, WeightPayload, copy_all
 from asystem.state.plan import Layout, Move, plan_moves
+
+
+@dataclass
+class _Ready:
+    """What stands ready as long as neither buffers nor parameters move.
+
+    Attributes:
+        places: of both.
+        pairs: of the parameters that are written as they are sent.
+        ledger: of those that need not be converted for it; None = no checksums have come yet.
+        others: names of all other parameters.
+    """
+
+    places: tuple[int, ...] = ()
+    pairs: list[Pair] = field(default_factory=list)
+    ledger: Ledger | None = None
+    others: list[str] = field(default_factory=list)
 
 
 class Inbox:
@@ -29,7 +49,7 @@ class Inbox:
         self._frozen: set[str] = set()  # parameters that came with the first publication, and never again
         self._sent: list[tuple[Place, ...]] = []
         self._moves: dict[str, list[Move]] = {}
-        self._views: tuple[tuple[int, ...], list[Pair]] = (), []
+        self._ready = _Ready()
 
     @torch.no_grad()
     def read(self, payloads: Sequence[WeightPayload]) -> None:
@@ -42,19 +62,24 @@ class Inbox:
         parts = [part for payload in payloads for part in payload.parts()]
         self._plan(parts)
         arrived = Arrived(parts)
-        copy_all(self._pairs(arrived))
+        ready = self._prepared(arrived)
+        copy_all(ready.pairs)
         ledger = Ledger()
-        for name, moves in self._moves.items():
-            if name in self._plain and not arrived.has_checksums:
+        for name in ready.others:
+            moves, is_plain = self._moves[name], name in self._plain
+            if is_plain and not arrived.has_checksums:
                 continue
             with writing(self.model, name, arrived.block(moves[0]).dtype) as parameter:
-                if name not in self._plain:
+                if not is_plain:
                     copy_all(_pairs_of(moves, parameter, arrived))
                 if arrived.has_checksums:
-                    arrived.compare(name, self._held[name], parameter, ledger, lasting=name in self._plain)
-        for name in ledger.wrong():
-            arrived.blame(name)
-            raise PublicationError(f"{name} is not what was sent: it was written wrongly in generation")
+                    arrived.compare(name, self._held[name], parameter, ledger, lasting=is_plain)
+        if arrived.has_checksums:
+            if ready.ledger is None:
+                ready.ledger = self._ledger(ready, arrived)
+            for name in chain(ready.ledger.wrong(arrived.checksums), ledger.wrong(arrived.checksums)):
+                arrived.blame(name)
+                raise PublicationError(f"{name} is not what was sent: it was written wrongly in generation")
         if next(self.model.parameters()).is_cuda:
             torch.cuda.current_stream().synchronize()  # the sender may write again when this returns
         self._frozen |= {place.name for payload in payloads if payload.frozen for place in payload.frozen.places}
@@ -69,18 +94,28 @@ class Inbox:
         self._moves = {name: [] for name in wanted}
         for move in moves:
             self._moves[move.name].append(move)
-        self._sent, self._views = sent, ((), [])
+        self._sent, self._ready = sent, _Ready()
 
-    def _pairs(self, arrived: Arrived) -> list[Pair]:
-        """What is copied into parameters as they are; made anew only where a buffer or a parameter has moved."""
-        parameters = [parameter for name, parameter in self._plain.items() if name in self._moves]
-        places = (*arrived.addresses(), *(parameter.data_ptr() for parameter in parameters))
-        if places == self._views[0]:
-            return self._views[1]
-        names = [name for name in self._moves if name in self._plain]
-        pairs = [pair for n in names for pair in _pairs_of(self._moves[n], self._plain[n].detach(), arrived)]
-        self._views = (places, pairs) if arrived.is_lasting else ((), [])  # views keep what they look into
-        return pairs
+    def _prepared(self, arrived: Arrived) -> _Ready:
+        """Made anew only where a buffer or a parameter has moved."""
+        plain = {name: parameter for name, parameter in self._plain.items() if name in self._moves}
+        places = (*arrived.addresses(), *(parameter.data_ptr() for parameter in plain.values()))
+        if places == self._ready.places:
+            return self._ready
+        ready = _Ready(places)
+        for name, moves in self._moves.items():
+            pairs = _pairs_of(moves, plain[name].detach(), arrived) if name in plain else []
+            ready.pairs += pairs
+            if name not in plain or any(target.dtype is not source.dtype for target, source in pairs):
+                ready.others.append(name)
+        self._ready = ready if arrived.is_lasting else _Ready()  # views keep what they look into
+        return ready
+
+    def _ledger(self, ready: _Ready, arrived: Arrived) -> Ledger:
+        ledger, others = Ledger(), set(ready.others)
+        for name in [name for name in self._moves if name not in others]:
+            arrived.compare(name, self._held[name], self._plain[name].detach(), ledger, lasting=True)
+        return ledger
 
 
 class Arrived:
@@ -88,8 +123,9 @@ class Arrived:
 
     def __init__(self, parts: Sequence[WeightPayload]) -> None:
         self._parts = parts
-        self._found: list[dict[str, tuple[Place, Tensor, int | None]]] | None = None
-        self.has_checksums = all(part.checksums for part in parts)
+        self._found: list[dict[str, tuple[Place, Tensor, int]]] | None = None
+        self.checksums = [part.checksums for part in parts]
+        self.has_checksums = all(self.checksums)
         self.is_lasting = all(part.buffer.lasting and part.frozen is None for part in parts)
 
     def addresses(self) -> tuple[int, ...]:
@@ -107,8 +143,22 @@ class Arrived:
             lasting: the parameter stands until the ledger is read.
         """
         parts = [(piece.part(piece.box, parameter), piece.box, held.shape) for piece in held.pieces]
-        actual = parts if lasting else lazy_checksums(parts)
-        ledger.add(name, actual, list(self._expected(name, held, parameter.dtype, ledger)))
+        expected: list[Tensor | Part] = []
+        sent: list[Sent] = []
+        missing = [piece.box for piece in held.pieces]
+        for sender, blocks in enumerate(self._blocks()):
+            if name not in blocks:
+                continue
+            place, block, number = blocks[name]
+            for box in [common for box in missing if (common := box.meet(place.box)) is not None]:
+                if box == place.box and block.dtype is parameter.dtype:
+                    sent.append((sender, number))
+                else:
+                    self._enter_transit(sender, name, ledger, name)
+                    part = box.of(block, place.box.start).to(parameter.dtype), box, held.shape
+                    expected.append(part if block.dtype is parameter.dtype else lazy_checksums([part]))
+            missing = [left for box in missing for left in box.minus(place.box)]
+        ledger.add(name, parts if lasting else [lazy_checksums(parts)], expected, sent)
 
     def blame(self, name: str) -> None:
         """Was it broken on the way, or written wrongly?
@@ -120,36 +170,19 @@ class Arrived:
         for sender, blocks in enumerate(self._blocks()):
             if name in blocks:
                 self._enter_transit(sender, name, transit, f"{self._parts[sender].sender}")
-        for rank in transit.wrong():
+        for rank in transit.wrong(self.checksums):
             raise PublicationError(f"{name} changed on its way from rank {rank} of training")
 
-    def _expected(self, name: str, held: Layout, dtype: torch.dtype, ledger: Ledger) -> Iterator[int | Tensor | Part]:
-        missing = [piece.box for piece in held.pieces]
-        for sender, blocks in enumerate(self._blocks()):
-            if name not in blocks:
-                continue
-            place, block, sent = blocks[name]
-            for box in [common for box in missing if (common := box.meet(place.box)) is not None]:
-                if box == place.box and block.dtype is dtype and sent is not None:
-                    yield sent
-                else:
-                    self._enter_transit(sender, name, ledger, name)
-                    part = box.of(block, place.box.start), box, held.shape
-                    yield part if block.dtype is dtype else lazy_checksum(part[0].to(dtype), *part[1:])
-            missing = [left for box in missing for left in box.minus(place.box)]
-
     def _enter_transit(self, sender: int, name: str, ledger: Ledger, entry: str) -> None:
-        place, block, sent = self._blocks()[sender][name]
-        assert sent is not None, "only what came with checksums is verified"
-        ledger.add(entry, [(block, place.box, place.shape)], [sent])
+        place, block, number = self._blocks()[sender][name]
+        ledger.add(entry, [(block, place.box, place.shape)], sent=[(sender, number)])
 
-    def _blocks(self) -> list[dict[str, tuple[Place, Tensor, int | None]]]:
-        """By sender and parameter: its place, the block, and the checksum where one came."""
+    def _blocks(self) -> list[dict[str, tuple[Place, Tensor, int]]]:
+        """By sender and parameter: its place, the block, and the number of both."""
         if self._found is None:
             self._found = []
             for part in self._parts:
-                checksums = part.checksums or (None,) * len(part.places)
-                rows = zip(part.places, part.blocks(), checksums, strict=True)
+                rows = zip(part.places, part.blocks(), range(len(part.places)), strict=True)
                 self._found.append({row[0].name: row for row in rows})
         return self._found
 

@@ -9,7 +9,7 @@ asks for the next update, so nothing is overwritten that somebody still reads. G
 
 Parameters that are sent as they are live in the buffer from the first publication on, so that later ones copy nothing
 here: whole ones on the buffer's device and in the dtype on the wire. Shards, blocks of a cut model and merged matrices
-are copied each time.
+are copied each time. As long as parameters stay where they are, so does all that copies and checksums need of them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from asystem.config import Transport
 from asystem.errors import CapacityError
 from asystem.models import PlainWeight, plain_weights
 from asystem.spmd import Buffer, DeviceBuffer, SharedBuffer
-from asystem.state.checksum import lazy_checksums, settled
-from asystem.state.payload import WeightPayload, copy_all, lay_out
+from asystem.state.checksum import Checksums, Part, lazy_checksums, settled
+from asystem.state.payload import Pair, WeightPayload, copy_all, lay_out
 
 
 class Outbox:
@@ -48,7 +48,7 @@ class Outbox:
     ) -> None:
         self.model, self.dtype, self.verify_every = model, dtype, verify_every
         self.transport, self.rank = transport, rank
-        self._addresses: list[int] = []
+        self._seen: list[tuple[int, int]] = []
         self._weights: list[PlainWeight] = []
         self._frozen: list[PlainWeight] = []
         self._changing: _Part | None = None
@@ -70,15 +70,26 @@ class Outbox:
         return self._changing.write(self._weights, verify, self._once)
 
     def _look(self) -> None:
-        """Looks through the model again, unless its parameters lie where they lay; FSDP has new ones at times."""
-        parameters = list(self.model.parameters())
-        is_sharded = any(hasattr(parameter, "placements") for parameter in parameters)
-        addresses = [] if is_sharded else [parameter.data_ptr() for parameter in parameters]
-        if not addresses or addresses != self._addresses:
+        """Looks through the model again, unless its parameters are the same and lie where they lay; FSDP has new ones
+        at times, whose addresses say nothing."""
+        parameters = _parameters(self.model)
+        is_plain = all(type(parameter) is nn.Parameter for parameter in parameters)
+        seen = [(id(parameter), parameter.data_ptr()) for parameter in parameters] if is_plain else []
+        if not seen or seen != self._seen:
             weights = plain_weights(self.model)
             self._weights = [weight for weight in weights if not weight.frozen]
             self._frozen = [weight for weight in weights if weight.frozen]
-            self._addresses = addresses
+            self._seen = seen
+
+
+def _parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All of a model's, tied ones more than once."""
+    # Not `Module.parameters`: with names, and to tell tied ones apart, it takes five times as long at each publication.
+    found, modules = [], [model]
+    for module in modules:  # which grow
+        modules += [child for child in module._modules.values() if child is not None]
+        found += [parameter for parameter in module._parameters.values() if parameter is not None]
+    return found
 
 
 class _Part:
@@ -91,43 +102,60 @@ class _Part:
         self.buffer = allocate(outbox.transport, self.places[-1].end, device, lasting)
         self._targets = [place.of(self.buffer.flat()) for place in self.places]
         self._seen: Sequence[PlainWeight] = ()
-        self._blocks: dict[int, Tensor] = {}  # of parameters that are sent as they are, by the number of their place
+        self._merged: list[int] = []  # weights that are computed each time, by the number of their place
+        self._blocks: dict[int, Tensor] = {}  # all others, which stay where they are as long as these weights are seen
+        self._pairs: list[Pair] = []
+        self._checksums: Checksums | None = None  # of them, unless they are converted on their way
 
     def write(self, weights: Sequence[PlainWeight], verify: bool, frozen: WeightPayload | None = None) -> WeightPayload:
         """Copies the weights, in the order of the places."""
-        if weights is not self._seen:
-            self._blocks = {index: w.local()[1] for index, w in enumerate(weights) if not w.is_merged}
-            self._seen = weights
-        sums: dict[int, Tensor] = {}
-        for index, weight in enumerate(weights):
-            if weight.is_merged:
-                self._copy({index: weight.local()[1]}, sums, verify)
-        self._copy(self._blocks, sums, verify)
-        if self.buffer.lasting:
+        is_new = weights is not self._seen
+        if is_new:
+            self._seen, self._merged = weights, [index for index, w in enumerate(weights) if w.is_merged]
+            self._stand({index: w.local()[1] for index, w in enumerate(weights) if not w.is_merged})
+        sums: list[Tensor] = []  # of the numbers before they are copied
+        for index in self._merged:
+            block = weights[index].local()[1]
+            sums += [lazy_checksums([self._sent(index, block)])] if verify else []
+            copy_all([(self._targets[index], block)])
+        sums += [self._sums()] if verify else []
+        copy_all(self._pairs)
+        if is_new and self.buffer.lasting:
             self._adopt(weights)
-        checksums = settled([sums[index] for index in range(len(self.places))]) if verify else []
+        checksums = dict(zip([*self._merged, *self._blocks], settled(sums), strict=True)) if verify else {}
         if self._targets[0].is_cuda:
             torch.cuda.current_stream(self._targets[0].device).synchronize()  # others cannot wait for this stream
-        return WeightPayload(self.places, self.buffer, tuple(checksums), self.rank, frozen)
+        ordered = tuple(checksums[index] for index in sorted(checksums))
+        return WeightPayload(self.places, self.buffer, ordered, self.rank, frozen)
 
-    def _copy(self, blocks: dict[int, Tensor], sums: dict[int, Tensor], verify: bool) -> None:
-        if verify:  # of the numbers before they are copied
-            places = [self.places[index] for index in blocks]
-            cast = [block.to(self._targets[index].dtype) for index, block in blocks.items()]
-            parts = [(block, place.box, place.shape) for block, place in zip(cast, places, strict=True)]
-            sums.update(zip(blocks, lazy_checksums(parts), strict=True))
+    def _stand(self, blocks: dict[int, Tensor]) -> None:
         pairs = [(self._targets[index], block) for index, block in blocks.items()]
-        copy_all([(target, block) for target, block in pairs if target.data_ptr() != block.data_ptr()])
+        self._blocks, self._checksums = blocks, None
+        self._pairs = [(target, block) for target, block in pairs if target.data_ptr() != block.data_ptr()]
+
+    def _sums(self) -> Tensor:
+        """Checksums of the blocks that stay where they are."""
+        if self._checksums is not None:
+            return self._checksums.take()
+        made = Checksums([self._sent(index, block) for index, block in self._blocks.items()])
+        if all(block.dtype is self._targets[index].dtype for index, block in self._blocks.items()):
+            self._checksums = made
+        return made.take()
+
+    def _sent(self, index: int, block: Tensor) -> Part:
+        return block.to(self._targets[index].dtype), self.places[index].box, self.places[index].shape
 
     def _adopt(self, weights: Sequence[PlainWeight]) -> None:
         """Parameters whose numbers are in the buffer have them there from now on, in the place of their own memory."""
+        blocks = dict(self._blocks)
         for index, weight in enumerate(weights):
             parameter, target = weight.source, self._targets[index]
             if weight.piece is None and type(parameter) is nn.Parameter and not hasattr(parameter, "placements"):
                 alike = parameter.dtype is target.dtype and parameter.device == target.device
                 if alike and parameter.is_contiguous() and not parameter.is_pinned():  # those are streamed from there
                     parameter.data = target
-                    self._blocks[index] = parameter.detach()
+                    blocks[index] = parameter.detach()
+        self._stand(blocks)
 
 
 def allocate(transport: Transport, nbytes: int, device: torch.device, lasting: bool) -> Buffer | DeviceBuffer:

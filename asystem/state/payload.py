@@ -157,10 +157,13 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def copy_all(pairs: Sequence[Pair]) -> None:
-    """Copies into the first of each pair from the second, whatever the dtypes."""
-    small = [pair for pair in pairs if pair[0].nbytes < SMALL]
+    """Copies into the first of each pair from the second, whatever the dtypes and devices."""
+    targets, sources = [], []
     for target, source in pairs:
-        if target.nbytes >= SMALL:
+        if target.nbytes < SMALL and target.get_device() == source.get_device():  # launched together: on one device
+            targets.append(target)
+            sources.append(source)
+        else:
             target.copy_(source)
-    if small:
-        torch._foreach_copy_([target for target, _ in small], [source for _, source in small])
+    if targets:
+        torch._foreach_copy_(targets, sources)

@@ -12,7 +12,7 @@ from torch import Tensor
 from asystem.errors import PublicationError
 from asystem.models import Decoder, plain_parameters, weight_pieces, writing
 from asystem.spmd.exchange import Exchange, Transfer
-from asystem.state.checksum import Ledger, lazy_checksum, lazy_checksums
+from asystem.state.checksum import Ledger, lazy_checksums
 from asystem.state.parcels import Step
 from asystem.state.payload import copy_all
 from asystem.state.plan import Holdings, Layout, Move
@@ -100,7 +100,7 @@ class _Arriving:
             pairs.append((view, block))
         copy_all(pairs)
         if self.verified:
-            sums = torch.cat(step.sums).unbind()  # copies: the bucket is needed again
+            sums = torch.split(torch.cat(step.sums), 1)  # copies: the bucket is needed again
             for (move, block, parameter), sent in zip(watched, sums, strict=True):
                 self._note(move, block, parameter, sent)
         for move, _, parameter in watched:
@@ -134,14 +134,14 @@ class _Arriving:
             self._sent.setdefault(move.name, []).append(sent)
         else:
             shape = self.held[move.name].shape
-            self.ledger.add(move.name, [lazy_checksum(block, move.box, shape)], [sent])
+            self.ledger.add(move.name, [lazy_checksums([(block, move.box, shape)])], [sent])
 
     def _close(self, name: str, parameter: Tensor) -> None:
         held = self.held[name]
         if name in self._sent:
             parts = [(p.part(p.box, parameter), p.box, held.shape) for p in held.pieces]
             # What stands as it was written is looked at in the end, all at once.
-            self.ledger.add(name, parts if name in self.plain else lazy_checksums(parts), self._sent.pop(name))
+            self.ledger.add(name, parts if name in self.plain else [lazy_checksums(parts)], self._sent.pop(name))
         self._open.pop(name)[0].close()
 
 

@@ -145,9 +145,9 @@ def _pack(step: Step, pairs: Sequence[Pair], shapes: Mapping[str, tuple[int, ...
     if shapes is not None:  # of the numbers before they are copied
         moves = zip(step.moves, pairs, strict=True)
         parts = [(source.to(block.dtype), move.box, shapes[move.name]) for (move, _), (block, source) in moves]
-        sums = iter(lazy_checksums(parts))
-        for place in step.sums:
-            place.copy_(torch.stack([next(sums) for _ in range(len(place))]))
+        sums = torch.split(lazy_checksums(parts), list(map(len, step.sums)))
+        for place, found in zip(step.sums, sums, strict=True):
+            place.copy_(found)
     copy_all(pairs)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from asystem.models import Box
-from asystem.state.checksum import MODULUS, checksum
+from asystem.state.checksum import MODULUS, Checksums, Ledger, Part, checksum, settled
 
 
 def _whole(tensor: torch.Tensor) -> int:
@@ -50,3 +50,47 @@ def test_what_changed_places_shows() -> None:
         assert _whole(swapped) != before
     assert _whole(experts.flip(1)) != before
     assert _whole(experts.roll(1, 2)) != before
+
+
+def test_views_have_the_sums_of_copies() -> None:
+    stack = torch.randn(3, 6, 8)
+    middle = Box((0, 2, 1), (3, 4, 8))
+    cases: list[Part] = [
+        (middle.of(stack, (0, 0, 0)), middle, (3, 6, 8)),
+        (stack.transpose(1, 2), Box.whole((3, 8, 6)), (3, 8, 6)),
+        (stack[0].T, Box.whole((8, 6)), (8, 6)),
+        (stack[0, :, 3], Box.whole((6,)), (6,)),
+        (stack[:0], Box((1, 0, 0), (1, 6, 8)), (3, 6, 8)),
+    ]
+    for block, box, shape in cases:
+        copy = block.clone(memory_format=torch.contiguous_format)
+        assert checksum(block, box, shape) == checksum(copy, box, shape)
+
+
+def test_what_was_prepared_reads_the_numbers_as_they_are_now() -> None:
+    stack, row = torch.randn(3, 6, 8), torch.randn(5)
+    cut = Box((0, 2, 0), (3, 4, 8))  # whose rows are not all the same stride apart
+    parts: list[Part] = [(cut.of(stack, (0, 0, 0)), cut, (3, 6, 8)), (row, Box.whole((5,)), (5,))]
+    prepared = Checksums(parts)
+    for _ in range(2):
+        assert settled([prepared.take()]) == [checksum(*part) for part in parts]
+        stack.mul_(3)
+        row[2] = 0
+    assert settled([Checksums([]).take()]) == []
+
+
+def test_a_ledger_is_compared_again_and_again() -> None:
+    one, two, half = torch.randn(4, 3), torch.randn(4, 3), Box((2, 0), (4, 3))
+    whole, shape = Box.whole((4, 3)), (4, 3)
+    rest = Box((0, 0), (2, 3))
+    ledger = Ledger()
+    ledger.add("same", [(one, whole, shape)], [(one[2:], half, shape), (one[:2], rest, shape)])
+    ledger.add("sent", [(two, whole, shape)], sent=[(0, 1), (1, 0)])
+
+    def sent() -> list[list[int]]:
+        return [[7, checksum(two[2:], half, shape)], [checksum(two[:2], rest, shape)]]
+
+    assert not list(ledger.wrong(sent()))
+    before = sent()
+    two[3, 1] += 1
+    assert list(ledger.wrong(before)) == ["sent"] and not list(ledger.wrong(sent()))

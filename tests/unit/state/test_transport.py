@@ -15,6 +15,7 @@ from asystem.models import Box, Decoder, ModelSpec, MoESpec, Shard, add_lora, in
 from asystem.spmd import Buffer, store
 from asystem.state import Inbox, Outbox, WeightPayload
 from asystem.state.checksum import checksum
+from asystem.state.inbox import _Ready
 from asystem.state.payload import lay_out
 
 
@@ -120,7 +121,7 @@ def test_a_bit_that_changed_on_the_way_is_found_and_named(target: str) -> None:
 def test_a_layer_left_out_and_two_that_changed_places_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     payload, inbox = _sent(_model(1)), Inbox(_model(2))
     inbox.read([payload])
-    moves, inbox._views = inbox._moves, ((), [])
+    moves, inbox._ready = inbox._moves, _Ready()
     one, two = "layers.0.attn.o_proj.weight", "layers.1.attn.o_proj.weight"
     inbox._moves = moves | {one: moves[two], two: moves[one]}
     with pytest.raises(PublicationError, match=r"o_proj\.weight is not what was sent"):
@@ -222,16 +223,16 @@ def test_a_second_publication_copies_through_the_views_of_the_first(monkeypatch:
     source, target = _model(1), _model(2)
     outbox, inbox = Outbox(source, transport=Transport.shared_memory), Inbox(target)
     inbox.read([outbox.write()])
-    views = inbox._views[1]
+    views = inbox._ready.pairs
     assert len(views) == len(list(target.parameters()))
     with torch.no_grad():
         source.embed.weight.mul_(2)
     inbox.read([pickle.loads(pickle.dumps(outbox.write()))])
     assert torch.equal(target.embed.weight, source.embed.weight)
-    mapped, again = inbox._views[1], pickle.loads(pickle.dumps(outbox.write()))
+    mapped, again = inbox._ready.pairs, pickle.loads(pickle.dumps(outbox.write()))
     assert mapped is not views, "this process had the buffer itself, another has a map of it"
     inbox.read([again])
-    assert inbox._views[1] is mapped
+    assert inbox._ready.pairs is mapped
     assert again.places is pickle.loads(pickle.dumps(again)).places, "known places are not compared one by one"
     target.embed.weight.data = torch.zeros_like(target.embed.weight)  # as a memory that was put to sleep comes back
     inbox.read([again])
@@ -265,6 +266,79 @@ def test_a_parameter_that_moved_out_of_the_buffer_is_copied_into_it_again() -> N
     half = Outbox(_model(), torch.bfloat16, transport=Transport.shared_memory)
     half.write()
     assert next(half.model.parameters()).dtype is torch.float32, "what is rounded on its way is copied"
+
+
+def test_a_parameter_that_was_replaced_is_sent_and_one_that_moved_is_verified_where_it_is() -> None:
+    source, target = _model(1), _model(2)
+    outbox, inbox = Outbox(source, transport=Transport.shared_memory), Inbox(target)
+    for _ in range(2):
+        inbox.read([outbox.write()])
+    source.layers[1].attn.o_proj.weight = torch.nn.Parameter(torch.full((16, 16), 3.0))  # type: ignore[union-attr]
+    source.norm.weight.data = torch.full((16,), 5.0)
+    inbox.read([outbox.write()])
+    assert bool((target.get_parameter("layers.1.attn.o_proj.weight") == 3).all())
+    assert bool((target.norm.weight == 5).all())
+    moved = {name: parameter.detach().clone() for name, parameter in target.named_parameters()}
+    for name, parameter in target.named_parameters():
+        parameter.data = moved[name]
+    with torch.no_grad():
+        source.norm.weight.fill_(7)
+    inbox.read([outbox.write()])
+    assert bool((moved["norm.weight"] == 7).all())
+    source.layers[0] = _model(4).layers[0]  # a whole layer
+    inbox.read([outbox.write()])
+    assert all(torch.equal(p, source.get_parameter(name)) for name, p in target.named_parameters())
+
+
+@pytest.mark.parametrize("shard", [None, Shard(1, 2)])
+def test_sums_that_stand_ready_show_what_was_corrupted_later(
+    shard: Shard | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = _model(1), _model(2) if shard is None else shard.cut(_model(2))
+    outbox, inbox = Outbox(source, transport=Transport.shared_memory), Inbox(target)
+    for _ in range(3):
+        with torch.no_grad():
+            source.embed.weight.add_(1)
+        payload = outbox.write()
+        inbox.read([payload])
+    ledger = inbox._ready.ledger
+    place = next(place for place in payload.places if place.name == "layers.1.attn.o_proj.weight")
+    block = place.of(payload.buffer.flat())
+    block[-1, -1] += 1  # after its checksum was taken
+    with pytest.raises(PublicationError, match=r"layers\.1\.attn\.o_proj\.weight changed on its way from rank 0"):
+        inbox.read([payload])
+    again = outbox.write()  # the parameter lives there, so that this is what it is from now on
+    assert again.checksums != payload.checksums
+    inbox.read([again])
+    assert ledger is not None and inbox._ready.ledger is ledger
+    with torch.no_grad():
+        source.embed.weight.add_(1)
+    monkeypatch.setattr("asystem.state.inbox.copy_all", lambda pairs: None)
+    with pytest.raises(PublicationError, match=r"embed\.weight is not what was sent: it was written wrongly"):
+        inbox.read([outbox.write()])
+
+
+def test_what_is_copied_on_its_way_is_verified_as_it_is_now() -> None:
+    """Merged matrices and parameters of another dtype are made anew for each publication."""
+    source, target = _model(1), _model(2).bfloat16()
+    add_lora(source, LoraConfig(rank=2, targets=["q_proj"]), seed=0)
+    outbox = Outbox(source, torch.bfloat16, transport=Transport.shared_memory)
+    inboxes = [Inbox(target), Inbox(_model(3))]  # the second keeps float32
+    for turn in range(3):
+        with torch.no_grad():
+            source.get_parameter("layers.1.attn.qkv_proj.lora_B").fill_(turn)
+        payload = outbox.write()
+        for inbox in inboxes:
+            inbox.read([payload])
+    for name, tensor in merge(source).items():
+        for inbox in inboxes:
+            found = inbox.model.get_parameter(name)
+            assert torch.equal(found, tensor.bfloat16().to(found.dtype)), name
+    place = payload.places[0]
+    place.of(payload.buffer.flat())[0, 0] += 1
+    for inbox in inboxes:
+        with pytest.raises(PublicationError, match=r"layers\.0\.attn\.qkv_proj\.weight changed on its way from rank 0"):
+            inbox.read([payload])
 
 
 def _no_attention(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from asystem.config import LoraConfig, Transport
+from asystem.errors import PublicationError
 from asystem.models import Box, Decoder, ModelSpec, Shard, add_lora, init_weights, merge, quantize
 from asystem.state import Inbox, Outbox, StreamInbox, StreamOutbox, Terms
-from asystem.state.checksum import MODULUS, checksum
+from asystem.state.checksum import MODULUS, Checksums, Part, checksum, settled
+from asystem.state.payload import copy_all
 
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -90,7 +92,7 @@ def _receive(pipe: Connection, lora: bool) -> None:
         linear = targets[2].get_submodule("layers.1.mlp.down_proj")
         off = (linear.weight.float() * linear.channel_scale[:, None]).cpu() - want["layers.1.mlp.down_proj.weight"]  # type: ignore[operator, index]  # fmt: skip
         assert float(off.abs().max()) <= float(linear.channel_scale.max()) / 2 * 1.01  # type: ignore[operator, union-attr]
-        views.append(inboxes[0]._views[1])
+        views.append(inboxes[0]._ready.pairs)
         pipe.send_bytes(DONE)
     assert views[-1] and views[-1] is views[-2], "the second look into the buffer is the last"
     assert _kept_device.cache_info().misses == 1, "mapped once; what is frozen is not kept"
@@ -186,3 +188,38 @@ def test_checksums_on_a_gpu_are_those_of_a_cpu(shape: tuple[int, ...], dtype: to
         rest = Box((*(0 for _ in shape[:-1]), 9), shape)
         sums = [checksum(box.of(block.cuda(), (0,) * len(shape)), box, shape) for box in (part, rest)]
         assert sum(sums) % MODULUS == checksum(block, box, shape)
+
+
+def test_blocks_may_lie_on_the_host_and_on_a_gpu() -> None:
+    blocks = [torch.randn(33, 65) for _ in range(6)]
+    there = [block.cuda() if index % 2 else block.pin_memory() for index, block in enumerate(blocks)]
+    parts: list[Part] = [(block, Box.whole((33, 65)), (33, 65)) for block in there]
+    prepared = Checksums(parts)
+    for _ in range(2):
+        wanted = [checksum(block.cpu(), *rest) for block, *rest in parts]
+        assert settled([prepared.take()]) == wanted and prepared.take().is_cuda
+        there[1].mul_(2)
+        there[2].mul_(2)
+    targets = [torch.zeros(33, 65, device=device) for device in ("cuda", "cuda", "cpu", "cpu", "cuda", "cuda")]
+    copy_all(list(zip(targets, there, strict=True)))
+    assert all(torch.equal(target.cpu(), block.cpu()) for target, block in zip(targets, there, strict=True))
+
+
+@pytest.mark.parametrize("transport", [Transport.ipc, Transport.shared_memory])
+def test_streamed_weights_are_published_from_the_hosts_memory_and_verified(transport: Transport) -> None:
+    source, target = model_at(0).cuda(), model_at(9).cuda()
+    for parameter in source.layers.parameters():
+        parameter.data = parameter.data.cpu().pin_memory()
+    outbox, inbox = Outbox(source, transport=transport), Inbox(target)
+    for _ in range(TURNS):
+        with torch.no_grad():
+            for parameter in source.parameters():
+                parameter.mul_(2)
+        payload = outbox.write()
+        inbox.read([payload])
+        for name, parameter in source.named_parameters():
+            assert torch.equal(target.get_parameter(name).cpu(), parameter.cpu()), name
+    assert next(source.layers.parameters()).is_pinned()
+    payload.places[3].of(payload.buffer.flat()).view(-1)[0] += 1
+    with pytest.raises(PublicationError, match="changed on its way"):
+        inbox.read([payload])
