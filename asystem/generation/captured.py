@@ -33,8 +33,7 @@ from asystem.models.decoder import MLP, Block, Decoder, RMSNorm
 from asystem.models.moe import Experts, MoE
 from asystem.models.quantized import QuantizedLinear
 
-_PROGRAMS_PER_SM = 16  # attention is divided into at least so many a multiprocessor
-_PARTS_PER_ROW = 2  # and into at least so many a row, so that none is much longer than others
+_PROGRAMS_PER_SM = 8  # attention is divided into at least so many a multiprocessor, and one a row in the mean
 _TILING = Tiling(keys=64, warps=4, stages=2)
 
 
@@ -186,8 +185,7 @@ class CapturedRunner:
             return None  # `FewRows` divides by itself
         kv_heads = self.cache.num_kv_heads
         fill = _PROGRAMS_PER_SM * self._processors // kv_heads
-        least = _TILING.keys * (2 if 2 * batch < fill else 4)
-        aim = max(fill, _PARTS_PER_ROW * batch)
+        least, aim = _TILING.keys * (2 if batch < fill else 4), max(fill, batch)
         return divide(self._lengths[:batch], kv_heads, aim=aim, least=least, crowds=self._crowds.of(batch, sharing))
 
     def _draw_truncated(self, logits: Tensor, batch: int) -> None:

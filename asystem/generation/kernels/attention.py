@@ -20,6 +20,7 @@ from torch import Tensor
 from asystem.generation.kernels.launch import overlaps
 
 CROWD = 8  # rows that read a shared prefix together
+_AT_ONCE = 4  # parts that are joined without waiting for each other's numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,25 @@ def _join(
 
 
 @triton.jit
+def _finish(
+    peak, total, acc, crowd_acc, crowd_sum, crowd_max, out, cell, real, shared, num_cells,
+    CROWD_SPLITS: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Joins what crowds have read to what was read of all own tokens, and writes the result of heads at ``cell``."""
+    if CROWD_SPLITS > 0:
+        span = tl.cdiv(tl.cdiv(shared, CROWD_SPLITS), N) * N
+        for split in tl.static_range(CROWD_SPLITS):
+            there = real & (split * span < shared)
+            peak, total, acc = _join(
+                peak, total, acc, crowd_acc, crowd_sum, crowd_max, split * num_cells + cell, there, HEAD, HEAD_PAD
+            )  # fmt: skip
+    columns = tl.arange(0, HEAD_PAD)
+    mask = real[:, None] & (columns < HEAD)[None, :]
+    result = (acc / tl.where(real, total, 1.0)[:, None]).to(out.dtype.element_ty)
+    tl.store(out + cell[:, None] * HEAD + columns[None, :], result, mask=mask)
+
+
+@triton.jit
 def _crowd_kernel(
     q, keys, values, table, crowd_rows, crowd_shared, part_acc, part_sum, part_max, q_stride, table_stride, num_rows,
     scale,
@@ -187,8 +207,9 @@ def _crowd_kernel(
 def _attend_kernel(
     q, keys, values, table, lengths, skip, first, owner, arrived, out, part_acc, part_sum, part_max,
     crowd_acc, crowd_sum, crowd_max, q_stride, table_stride, num_rows, scale,
-    CROWD_SPLITS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, KV_HEADS: tl.constexpr, HEAD: tl.constexpr,
-    HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
+    CROWD_SPLITS: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr, AT_ONCE: tl.constexpr,
+    KV_HEADS: tl.constexpr, HEAD: tl.constexpr, HEAD_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, N: tl.constexpr,
+    PRECISION: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     if OVERLAP:
         # Beside a launch that reads for crowds, and has waited for all that came before, it starts at once, and waits
@@ -221,37 +242,38 @@ def _attend_kernel(
     )  # fmt: skip
     if OVERLAP and CROWD_SPLITS > 0:
         tl.extra.cuda.gdc_wait()
-    is_last = count == 1
-    if count > 1:
+    own = row * (KV_HEADS * GROUP) + kv_head * GROUP
+    num_cells = num_rows * (KV_HEADS * GROUP)
+    if count == 1:
+        _finish(
+            peak, total, acc, crowd_acc, crowd_sum, crowd_max, out, own + lane, real, shared, num_cells,
+            CROWD_SPLITS, HEAD, HEAD_PAD, N,
+        )  # fmt: skip
+    else:
         cell = part.to(tl.int64) * (KV_HEADS * GROUP) + head
         tl.store(part_acc + cell[:, None] * HEAD + columns[None, :], acc, mask=mask)
         tl.store(part_sum + cell, total, mask=real)
         tl.store(part_max + cell, peak, mask=real)
         tl.debug_barrier()
-        is_last = tl.atomic_add(arrived + row * KV_HEADS + kv_head, 1) == count - 1
-        if is_last:
+        if tl.atomic_add(arrived + row * KV_HEADS + kv_head, 1) == count - 1:
             tl.store(arrived + row * KV_HEADS + kv_head, 0)
-            # In their order, its own among them: sums do not depend on who is the last.
-            peak = tl.full([M], -1.0e30, tl.float32)
-            total = tl.zeros([M], tl.float32)
-            acc = tl.zeros([M, HEAD_PAD], tl.float32)
-            for other in range(before, before + count):
-                cell = tl.cast(other, tl.int64) * (KV_HEADS * GROUP) + head
-                peak, total, acc = _join(
-                    peak, total, acc, part_acc, part_sum, part_max, cell, real, HEAD, HEAD_PAD
-                )  # fmt: skip
-    if is_last:
-        cell = row * (KV_HEADS * GROUP) + head
-        if CROWD_SPLITS > 0:
-            crowd_span = tl.cdiv(tl.cdiv(shared, CROWD_SPLITS), N) * N
-            for split in tl.static_range(CROWD_SPLITS):
-                there = real & (lane < tl.where(split * crowd_span < shared, M, 0))
-                place = split * num_rows * (KV_HEADS * GROUP) + cell
-                peak, total, acc = _join(
-                    peak, total, acc, crowd_acc, crowd_sum, crowd_max, place, there, HEAD, HEAD_PAD
-                )  # fmt: skip
-        result = (acc / tl.where(real, total, 1.0)[:, None]).to(out.dtype.element_ty)
-        tl.store(out + cell[:, None] * HEAD + columns[None, :], result, mask=mask)
+            # All in their order, so that sums do not depend on who is the last; some at a time are on their way.
+            member = tl.arange(0, LANES)
+            there = member < GROUP
+            top = tl.full([LANES], -1.0e30, tl.float32)
+            mass = tl.zeros([LANES], tl.float32)
+            mean = tl.zeros([LANES, HEAD_PAD], tl.float32)
+            for start in range(before, before + count, AT_ONCE):
+                for other in tl.static_range(AT_ONCE):
+                    place = tl.cast(start + other, tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + member
+                    is_one = there & (start + other < before + count)
+                    top, mass, mean = _join(
+                        top, mass, mean, part_acc, part_sum, part_max, place, is_one, HEAD, HEAD_PAD
+                    )
+            _finish(
+                top, mass, mean, crowd_acc, crowd_sum, crowd_max, out, own + member, there, shared, num_cells,
+                CROWD_SPLITS, HEAD, HEAD_PAD, N,
+            )  # fmt: skip
 
 
 def decode_attention(
@@ -292,7 +314,8 @@ def decode_attention(
         )  # fmt: skip
     _attend_kernel[(kv_heads, len(parts.owner))](
         q, keys, values, table, lengths, skip, parts.first, parts.owner, parts.arrived, out, *of_parts, *of_crowds,
-        q.stride(0), table.stride(0), rows, scale, CROWD_SPLITS=crowd_splits, M=_lanes(group), **common,
+        q.stride(0), table.stride(0), rows, scale, CROWD_SPLITS=crowd_splits,
+        LANES=triton.next_power_of_2(group), M=_lanes(group), AT_ONCE=_AT_ONCE, **common,
     )  # fmt: skip
     return out
 
