@@ -22,7 +22,7 @@ MATH, COPY = 0.45, 0.7  # parts of a card's rates that are reached: training's p
 DECODE_OVERHEAD = 0.5e-3  # seconds of a step beside reading: sampling, launches, the host
 MICRO_OVERHEAD = 30e-3  # seconds of a micro-batch beside its products: copies, losses, sums of gradients
 # The host's seconds for one block of a micro-batch, forward and backward, however few its tokens: launches, hooks,
-# compiled graphs. On an H200's host 22 micro-batches of 7.4k tokens through 28 blocks took 2.31 s ("W1 0.6B, 8k a
+# compiled graphs. On an H200's host 22 micro-batches of 7.4k tokens through 28 blocks took 2.03 s ("W1 0.6B, 8k a
 # micro-batch"), and with adapters 22 of 1.9k tokens through 36 blocks 4.1 s ("4B LoRA, 24 GB card", without waking up).
 HOST_BLOCK = 3.3e-3
 HOST_BLOCK_LORA = 5.2e-3
