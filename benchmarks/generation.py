@@ -4,8 +4,9 @@
 
 Random weights; every rollout runs to its length limit. W1 is 32 prompts x 8 samples, 128 prompt and 512 new tokens, on
 Qwen3-0.6B's shape. The clock runs from the submission of the prompts to the last finished rollout, prefill included;
-the median of the repeats counts, after one run that warms up. `--vllm` runs W1 through vLLM in the same call, as fast
-as it can be set (no detokenizing, only the sampled log-probabilities), where it is installed.
+the median of the repeats counts, after one run that warms up. Cases of W2 are decode steps of rows in the middle of its
+responses, whose lengths are log-normal: the median of 32 steps a repeat. `--vllm` runs W1 through vLLM in the same
+call, as fast as it can be set (no detokenizing, only the sampled log-probabilities), where it is installed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -28,7 +30,9 @@ from record import Row, row, show, write
 
 from asystem.config import GenerationConfig
 from asystem.generation import Engine, EngineRequest
+from asystem.generation.sequence import Unfinished
 from asystem.models import Decoder, ModelSpec, MoESpec, Shard, init_weights, save_model
+from asystem.rollout import drawn_length
 from asystem.types import SamplingParams
 
 PROMPT = 128
@@ -76,6 +80,10 @@ CASES = [
     Case("MoE with 16 experts, batch 32", "16 experts", 4, 8, 512),
     Case("MoE with 16 experts, batch 256", "16 experts", 32, 8, 512),
 ]
+
+
+MEDIAN, LONGEST = 256, 4096  # tokens of W2's responses
+IN_FLIGHT = {f"W2, {rows} rows": rows for rows in (512, 256, 64)}  # of 8 samples a prompt
 
 
 def parse() -> argparse.Namespace:
@@ -205,6 +213,52 @@ def measure(case: Case, model: Decoder, repeats: int) -> Result:
     return Result(tokens / seconds, spread, (seconds - prefill) / bench.steps, host / bench.steps, prefill)
 
 
+def ages(rows: int) -> list[int]:
+    """Tokens that rollouts in flight have: of a response as long as likely to be met, a part as likely as any other."""
+    draw, found = random.Random(0), list[int]()
+    while len(found) < rows:
+        length = drawn_length(MEDIAN, 1.0, LONGEST, seed=0, rollout=draw.randrange(10**9))
+        if draw.random() < length / LONGEST:
+            found.append(draw.randint(1, length))
+    return found
+
+
+def in_flight_rows(name: str, model: Decoder | None, repeats: int, bandwidth: float) -> list[Row]:
+    """Steps of such rows; without a model they are not run."""
+    step = fraction = None
+    note = f"0.6B, {PROMPT} prompt tokens, {LONGEST} new ones at most, of median {MEDIAN}"
+    if model is not None:
+        rows = IN_FLIGHT[name]
+        rng, drawn, steps, group = np.random.default_rng(0), ages(rows), 32, 8
+        most = LONGEST + steps * (repeats + 1)
+        config = GenerationConfig(max_running=rows, kv_tokens=sum(drawn) + rows * (PROMPT + steps * (repeats + 2) + 32))
+        engine = Engine(model, config, stop_ids=[], seed=0, max_length=PROMPT + most)
+        prompts = rng.integers(0, SMALL.vocab_size, (rows // group, PROMPT)).astype(np.int32)
+        params, unfinished = SamplingParams(most, ignore_eos=True), []
+        for i, age in enumerate(drawn):
+            request = EngineRequest(i, i // group, i // group, prompts[i // group], params)
+            tokens = rng.integers(0, SMALL.vocab_size, age).astype(np.int32)
+            unfinished.append(Unfinished(request, tokens, np.zeros(age, np.float32), np.zeros(age, np.int32)))
+        engine.restore(unfinished)
+        engine.decode(max_steps=steps)
+        times = []
+        for _ in range(repeats):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            engine.decode(max_steps=steps)
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) / steps)
+        cached = sum(drawn) + rows * (steps * (1 + repeats / 2) + PROMPT / group)
+        moved = SMALL.num_parameters * 2 + cached * SMALL.num_layers * 2 * SMALL.kv_size * 2
+        step = statistics.median(times)
+        fraction = moved / step / bandwidth
+        note += f", {sum(drawn) / rows:.0f} tokens in the mean"
+    return [
+        row(f"{name}: decode step", None if step is None else 1e3 * step, "ms", better="lower", note=note),
+        row(f"{name}: fraction of the copy bandwidth", fraction, "1"),
+    ]
+
+
 def memory_over_plan(case: Case, model: Decoder) -> float:
     """Peak of the memory taken from the device in a whole run, over what the engine planned."""
     release()
@@ -327,13 +381,22 @@ def main() -> None:
     show(rows)
     results: dict[str, Result] = {}
     vllm = vllm_rows(w1, None, run=False)
+    flying = {name: in_flight_rows(name, None, 0, bandwidth) for name in IN_FLIGHT}
 
     def write_all() -> None:  # after each shape: what ends early has shown something
         if args.write:
             found = [line for case in CASES for line in rows_of(case, results.get(case.name), bandwidth)]
             partial, names = args.only is not None, ["triton", "vllm"]
+            found += [line for lines in flying.values() for line in lines]
             write("generation", torch.cuda.get_device_name(), rows + found + vllm, packages=names, partial=partial)
 
+    asked = [name for name in IN_FLIGHT if args.only is None or name in args.only]
+    small = build(SMALL) if asked else None
+    for name in asked:
+        flying[name] = in_flight_rows(name, small, args.repeats, bandwidth)
+        show(flying[name])
+        release()
+    small = None
     for shape in SHAPES:
         mine = [case for case in cases if case.shape == shape]
         model = build(SHAPES[shape]) if mine else None

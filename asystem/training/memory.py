@@ -143,7 +143,7 @@ class TrainingPlan:
             gradients=self._gradients(),
             activations=tokens * kept + 3 * tokens * self.spec.hidden_size * self.dtype.itemsize,
             head=self._head(tokens),
-            block=tokens * whole + self._dense(),
+            block=tokens * whole + self._dense() + self._leaving(),
             update=self._update(),
             tokens=tokens,
         )
@@ -232,21 +232,27 @@ class TrainingPlan:
         return weights * self.dtype.itemsize + trained * (4 + self.dtype.itemsize) + whole
 
     def _streaming(self) -> int:
-        """Two blocks, and gradients on their way to the host: of about two blocks, and two in float32."""
-        if not self.streams:
-            return 0
-        blocks = [list(layer.parameters()) for layer in self.model.layers]
-        trained = [[p.numel() for p in block if p.requires_grad] for block in blocks]
-        weights = max(sum(p.numel() * self._size(p) for p in block) for block in blocks)
-        return 2 * weights + max(2 * self.dtype.itemsize * sum(block) + 8 * max(block, default=0) for block in trained)
+        """Weights of two blocks."""
+        blocks = self.model.layers if self.streams else ()
+        return 2 * max((sum(p.numel() * self._size(p) for p in block.parameters()) for block in blocks), default=0)
+
+    def _leaving(self) -> int:
+        """Gradients on their way to the host in the backward pass: of about two blocks, and two in float32."""
+        blocks = self.model.layers if self.streams else ()
+        trained = [[p.numel() for p in block.parameters() if p.requires_grad] for block in blocks]
+        each = (2 * self.dtype.itemsize * sum(block) + 8 * max(block, default=0) for block in trained)
+        return max(each, default=0)
 
     def _places(self) -> int:
         if not self.offloads:
             return 0
-        copies = 4 if not self.stochastic and self.dtype is not torch.float32 else 0
-        copies += 4 + self.dtype.itemsize if self.streams else 0  # gradients, and what weights become
-        return PLACES * max(self._at_once(p) * copies + self._moment_bytes(p) * self._at_once(p) // p.numel()
-                            for p in self.trained)  # fmt: skip
+        master = 4 if not self.stochastic and self.dtype is not torch.float32 else 0
+        streamed = 4 + self.dtype.itemsize  # gradients, and what weights become
+        return PLACES * max(
+            self._at_once(p) * (master + (streamed if p in self._away else 0))
+            + self._moment_bytes(p) * self._at_once(p) // p.numel()
+            for p in self.trained
+        )
 
     def _update(self) -> int:
         """Values in float32 beside states that are kept in less, the gradient twice, and 12 bytes to round."""

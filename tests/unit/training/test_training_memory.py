@@ -180,8 +180,11 @@ def test_streamed_blocks_leave_two_of_them_on_the_device() -> None:
     block = (SHAPE.num_parameters - root) // 28
     assert plan.held == 2 * root
     assert plan.gradients == 4 * root + 2 * 151_936 * 1024
-    places = 3 * (2**24 // 1024 * 1024) * (12 + 4 + 2)  # master and moments, gradient, weight; of the embedding's rows
-    assert plan.gathered == places + 2 * 2 * block + 2 * 2 * block + 8 * 6144 * 1024
+    places = 3 * (2**24 // 1024 * 1024) * 12  # master and moments of the embedding's rows, whose gradients stay
+    assert plan.gathered == places + 2 * 2 * block
+    leaving = 2 * 2 * block + 8 * 6144 * 1024
+    held = train_memory(SHAPE, replace(cfg, offload_parameters=False), dtype=HALF)
+    assert plan.block == held.block + leaving
     assert train_memory(SHAPE, replace(cfg, offload_parameters=False), dtype=HALF).held == 2 * SHAPE.num_parameters
 
 
