@@ -21,7 +21,8 @@ The CUDA context, libraries' workspaces and what PyTorch's allocator keeps unuse
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -134,18 +135,29 @@ class TrainingPlan:
 
     def of(self, tokens: int) -> TrainMemory:
         """For a largest micro-batch of that many tokens."""
-        kept, whole = self._kept()
+        kept, whole = self._kept
+        return replace(
+            self._without_tokens,
+            activations=tokens * kept + 3 * tokens * self.spec.hidden_size * self.dtype.itemsize,
+            head=self._head(tokens),
+            block=tokens * whole + self._without_tokens.block,
+            tokens=tokens,
+        )
+
+    @cached_property
+    def _without_tokens(self) -> TrainMemory:
+        """What is the same for all sizes, of which hundreds are looked at."""
         return TrainMemory(
             weights=self._weights(),
             masters=self._masters(),
             moments=self._moments(),
             gathered=self._gathered() + self._places() + self._streaming(),
             gradients=self._gradients(),
-            activations=tokens * kept + 3 * tokens * self.spec.hidden_size * self.dtype.itemsize,
-            head=self._head(tokens),
-            block=tokens * whole + self._dense() + self._leaving(),
+            activations=0,
+            head=0,
+            block=self._dense() + self._leaving(),
             update=self._update(),
-            tokens=tokens,
+            tokens=0,
         )
 
     @property
@@ -261,6 +273,7 @@ class TrainingPlan:
             return 0
         return max(self._at_once(p) for p in self.trained) * (4 * fewer + 8 + (12 if fewer else 0))
 
+    @cached_property
     def _kept(self) -> tuple[int, int]:
         """Bytes a token: of all layers until the backward pass, and inside the one that it is in."""
         spec, size = self.spec, self.dtype.itemsize
