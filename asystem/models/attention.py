@@ -3,9 +3,8 @@
 On CUDA in half precision it is one variable-length flash kernel; on Hopper and later, long sequences, and several of
 one length beside each other, go to cuDNN, which takes little more than half of that kernel's time (an H100, 16 heads of
 128, forward and backward: 7.0 ms instead of 12.6 for 16,384 tokens, 0.71 instead of 1.13 for 25 times 640), unless most
-of the work is in others. Elsewhere
-sequences of similar length are gathered into padded batches for scaled_dot_product_attention: one call for many short
-sequences, no quadratic waste for uneven ones.
+of the work is in others. Elsewhere sequences of similar length are gathered into padded batches for
+scaled_dot_product_attention: one call for many short sequences, no quadratic waste for uneven ones.
 """
 
 from __future__ import annotations

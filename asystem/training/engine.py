@@ -28,7 +28,7 @@ from asystem.training.balance import ExpertBalance
 from asystem.training.blocks import prepare_blocks
 from asystem.training.checkpoint import load_checkpoint, save_checkpoint
 from asystem.training.losses import LossFn
-from asystem.training.memory import TrainingPlan, free_memory
+from asystem.training.memory import TrainingPlan, free_memory, stages
 from asystem.training.optimizer import MasterOptimizer
 from asystem.training.policy import Policy
 from asystem.training.ranks import RankGradients, Ranks, gather, reshard, shard_policy
@@ -189,7 +189,7 @@ class TrainEngine:
         for index, packed in enumerate(padded):
             if index == len(micro):
                 self.balance.mute()
-            if self.world_size > 1:
+            if self.world_size > 1 and index in (0, count - 1):
                 gather(self.policy, self._zero, is_last=index + 1 == count)
             loss, part = self._forward(packed, loss_fn if index < len(micro) else _idle_loss)
             (loss * self.ranks.data).backward()  # type: ignore[no-untyped-call]  # FSDP takes the mean over ranks
@@ -251,30 +251,24 @@ class TrainEngine:
             return
         if count > 1:  # the next batch may fill one
             tokens = max(tokens, self.cfg.micro_batch_tokens)
-        free = free_memory(self.device)
-        if free is not None:
+        choices = stages(self.cfg, self.world_size)
+        self._zero = choices[0]
+        if (free := free_memory(self.device)) is not None:
             (short,) = self.ranks.most([-free], self.device)
-            free = -short
-        self._zero = self._lowest_stage(tokens, free)
-        if free is not None:
-            self._plan(self._zero).check(tokens, free)
+            plan = self._fitting_plan(choices, tokens, -short)
+            plan.check(tokens, -short)
+            self._zero = plan.zero
         self._fitting = tokens
 
-    def _lowest_stage(self, tokens: int, free: int | None) -> int:
-        """`training.zero`: where it is auto, what gathers least and fits, with a tenth to spare for the allocator."""
-        if self.world_size == 1:
-            return 3
-        if self.cfg.zero != "auto":
-            return int(self.cfg.zero)
-        for stage in (1, 2):
-            plan = self._plan(stage).of(tokens)
-            if free is None or plan.total - plan.held <= 0.9 * free:
-                return stage
-        return 3
-
-    def _plan(self, stage: int) -> TrainingPlan:
-        cfg = replace(self.cfg, zero=str(stage))
-        return TrainingPlan(self.spec, cfg, dtype=self.dtype, ranks=self.world_size, device=self.device.type)
+    def _fitting_plan(self, choices: Sequence[int], tokens: int, free: int) -> TrainingPlan:
+        """Of the first stage that fits, with a tenth to spare for the allocator, else of the last."""
+        for zero in choices:
+            cfg = replace(self.cfg, zero=str(zero))
+            plan = TrainingPlan(self.spec, cfg, dtype=self.dtype, ranks=self.world_size, device=self.device.type)
+            needed = plan.of(tokens)
+            if needed.total - needed.held <= 0.9 * free:
+                break
+        return plan
 
     def _padded(self, micro: Sequence[PackedBatch], count: int) -> list[PackedBatch]:
         """``count`` micro-batches, as the rank with the most has, on the device. All at once: a later copy would wait

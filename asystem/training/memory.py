@@ -92,6 +92,13 @@ def free_memory(device: torch.device) -> int | None:
     return max(0, min(free + reserved - allocated, limit - allocated))
 
 
+def stages(cfg: TrainingConfig, ranks: int) -> tuple[int, ...]:
+    """Those of `training.zero` that a run may choose from: what travels least comes first, what takes least last."""
+    if ranks == 1:
+        return (3,)
+    return (1, 2, 3) if cfg.zero == "auto" else (int(cfg.zero),)
+
+
 def shapes(spec: ModelSpec, cfg: TrainingConfig) -> Decoder:
     """The model that trains, or a rank's part of it, on the meta device."""
     shard = Shard(0, cfg.tensor_parallel, expert_size=cfg.expert_parallel)
@@ -121,7 +128,7 @@ class TrainingPlan:
         model: Decoder | None = None,
     ) -> None:
         self.cfg, self.dtype, self.ranks = cfg, dtype, ranks
-        self.zero = 3 if cfg.zero == "auto" else int(cfg.zero)  # auto takes what is left beside the least
+        self.zero = stages(cfg, ranks)[-1]  # more is taken where it is left
         self.offloads = cfg.offload_optimizer and device == "cuda"
         self.compiled = cfg.compile is Compile.always or (cfg.compile is Compile.auto and device == "cuda")
         self.streams = cfg.offload_parameters and device == "cuda"

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from asystem.config import TrainingConfig
 from asystem.models import Block, Held, ModelSpec, Piece, Shard
 from asystem.training.policy import Policy
 from asystem.training.states import local
+
+if TYPE_CHECKING:  # it takes a second, which processes that shard nothing need not wait for
+    from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def shard_policy(policy: Policy, ranks: Ranks, device: torch.device, dtype: torc
 
 
 def gather(policy: Policy, zero: int, *, is_last: bool) -> None:
-    """How the next forward and backward pass of a sharded policy goes about weights and gradients.
+    """How forward and backward passes of a sharded policy go about weights and gradients from now on.
 
     Stages as ZeRO numbers them (Rajbhandari et al. 2020, §5), within a step: masters and moments are sharded always.
 
@@ -129,12 +132,13 @@ def gather(policy: Policy, zero: int, *, is_last: bool) -> None:
         1   gradients, too, stay whole and add up until then
 
     Args:
-        is_last: of the step's backward passes.
+        is_last: the next backward pass is the step's last.
     """
     for block in policy.decoder.layers:  # the rest stays gathered from forward to backward anyway
-        block.set_reshard_after_forward(zero == 3)  # type: ignore[operator]
-    policy.set_reshard_after_backward(zero == 3 or is_last)  # type: ignore[operator]
-    policy.set_requires_gradient_sync(zero > 1 or is_last)  # type: ignore[operator]
+        cast("FSDPModule", block).set_reshard_after_forward(zero == 3)
+    sharded = cast("FSDPModule", policy)
+    sharded.set_reshard_after_backward(zero == 3 or is_last)
+    sharded.set_requires_gradient_sync(zero > 1 or is_last)
 
 
 def reshard(policy: Policy) -> None:

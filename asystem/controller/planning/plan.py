@@ -17,7 +17,7 @@ from asystem.controller.planning.predict import Workload, evened, generation_sec
 from asystem.errors import CapacityError
 from asystem.memory import GIB, Machine
 from asystem.models import ModelSpec
-from asystem.training.memory import STEP
+from asystem.training.memory import STEP, stages
 
 LARGEST_MICRO = 32_768  # tokens; beyond it nothing gets quicker
 RECOMPUTE = (Recompute.none, Recompute.selective, Recompute.full)
@@ -159,11 +159,10 @@ def _choices(config: Config, machine: Machine, work: Workload, pinned: bool) -> 
 
 def _stages(config: Config, machine: Machine, trainers: int, pinned: bool) -> tuple[int, ...]:
     """Of `training.zero`. Where that is auto and nothing is chosen here, the run takes what memory is left."""
-    if config.training.zero != "auto":
-        return (int(config.training.zero),)
-    if trainers == 1 or pinned:
-        return (3,)
-    return (1, 2, 3) if machine.is_gpu else (1,)
+    found = stages(config.training, trainers)
+    if pinned:
+        return found[-1:]
+    return found if machine.is_gpu else found[:1]
 
 
 def _sleeps(config: Config, kind: PlacementKind, machine: Machine) -> tuple[bool, ...]:
@@ -199,7 +198,8 @@ def _candidate(estimator: Estimator, choice: Choice, work: Workload) -> Candidat
     length = work.prompt + work.new
     batch = min(-(-work.rollouts // replicas), config.generation.max_running, max(1, memory.kv_tokens // length))
     trained = sum(
-        p.numel() for p in estimator.training(choice.training_ranks, choice.recompute, choice.offload).trained
+        p.numel()
+        for p in estimator.training(choice.training_ranks, choice.recompute, choice.offload, choice.zero).trained
     )
     seconds = {
         "generation": generation_seconds(

@@ -20,6 +20,7 @@ from torch import Tensor
 from asystem.generation.kernels.launch import overlaps
 
 CROWD = 8  # rows that read a shared prefix together
+_LEAST_TILE = 16  # queries that matrix units take
 _AT_ONCE = 4  # parts that are joined without waiting for each other's numbers
 
 
@@ -310,12 +311,13 @@ def decode_attention(
         skip, of_crowds = crowds.skip, _results(crowd_splits * rows, num_heads, head, q.device)
         _crowd_kernel[(kv_heads, len(crowds.shared) * crowd_splits)](
             q, keys, values, table, crowds.rows, crowds.shared, *of_crowds, q.stride(0), table.stride(0), rows, scale,
-            SPLITS=crowd_splits, CROWD=CROWD, M=_lanes(group * CROWD), **common,
+            SPLITS=crowd_splits, CROWD=CROWD, M=max(_LEAST_TILE, triton.next_power_of_2(group * CROWD)), **common,
         )  # fmt: skip
     _attend_kernel[(kv_heads, len(parts.owner))](
         q, keys, values, table, lengths, skip, parts.first, parts.owner, parts.arrived, out, *of_parts, *of_crowds,
         q.stride(0), table.stride(0), rows, scale, CROWD_SPLITS=crowd_splits,
-        LANES=triton.next_power_of_2(group), M=_lanes(group), AT_ONCE=_AT_ONCE, **common,
+        LANES=triton.next_power_of_2(group), M=max(_LEAST_TILE, triton.next_power_of_2(group)), AT_ONCE=_AT_ONCE,
+        **common,
     )  # fmt: skip
     return out
 
@@ -324,8 +326,3 @@ def _results(count: int, num_heads: int, head: int, device: torch.device) -> tup
     """Room for weighted values, sums of weights and highest scores of parts."""
     acc, *sums = (torch.empty(count, num_heads, *last, device=device) for last in ((head,), (), ()))
     return acc, sums[0], sums[1]
-
-
-def _lanes(queries: int) -> int:
-    """Rows of a tile that holds so many; matrix units want 16."""
-    return max(16, 1 << (queries - 1).bit_length())

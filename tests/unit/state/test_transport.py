@@ -273,7 +273,7 @@ def test_a_parameter_that_was_replaced_is_sent_and_one_that_moved_is_verified_wh
     outbox, inbox = Outbox(source, transport=Transport.shared_memory), Inbox(target)
     for _ in range(2):
         inbox.read([outbox.write()])
-    source.layers[1].attn.o_proj.weight = torch.nn.Parameter(torch.full((16, 16), 3.0))  # type: ignore[union-attr]
+    source.get_submodule("layers.1.attn.o_proj").weight = torch.nn.Parameter(torch.full((16, 16), 3.0))
     source.norm.weight.data = torch.full((16,), 5.0)
     inbox.read([outbox.write()])
     assert bool((target.get_parameter("layers.1.attn.o_proj.weight") == 3).all())
