@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from record import Row, row, show, write
+from schedules_runs import GPU as W2
 
 from asystem.config import GenerationConfig
 from asystem.generation import Engine, EngineRequest
@@ -81,9 +82,7 @@ CASES = [
     Case("MoE with 16 experts, batch 256", "16 experts", 32, 8, 512),
 ]
 
-
-MEDIAN, LONGEST = 256, 4096  # tokens of W2's responses
-IN_FLIGHT = {f"W2, {rows} rows": rows for rows in (512, 256, 64)}  # of 8 samples a prompt
+IN_FLIGHT = {f"W2, {rows} rows": rows for rows in (512, 256, 64)}
 
 
 def parse() -> argparse.Namespace:
@@ -104,11 +103,16 @@ def step_bytes(case: Case, spec: ModelSpec) -> float:
     if (moe := spec.moe) is not None:
         idle = moe.num_experts * (1 - moe.top_k / moe.num_experts) ** case.batch
         weights -= round(idle * 2 * 3 * spec.hidden_size * moe.intermediate_size * len(spec.expert_layers))
-    token = spec.num_layers * 2 * spec.kv_size * 2
+    token = kv_bytes(spec)
     full_blocks = PROMPT // 16 * 16
     shared = case.prompts * full_blocks if case.group > 1 else 0
     alone = PROMPT - (full_blocks if case.group > 1 else 0) + case.new / 2
     return weights + token * (shared + case.batch * alone)
+
+
+def kv_bytes(spec: ModelSpec) -> int:
+    """Of a token's keys and values, bf16."""
+    return spec.num_layers * 2 * spec.kv_size * 2
 
 
 def copy_bandwidth() -> float:
@@ -217,45 +221,44 @@ def ages(rows: int) -> list[int]:
     """Tokens that rollouts in flight have: of a response as long as likely to be met, a part as likely as any other."""
     draw, found = random.Random(0), list[int]()
     while len(found) < rows:
-        length = drawn_length(MEDIAN, 1.0, LONGEST, seed=0, rollout=draw.randrange(10**9))
-        if draw.random() < length / LONGEST:
+        length = drawn_length(W2.median, 1.0, W2.longest, seed=0, rollout=draw.randrange(10**9))
+        if draw.random() < length / W2.longest:
             found.append(draw.randint(1, length))
     return found
 
 
-def in_flight_rows(name: str, model: Decoder | None, repeats: int, bandwidth: float) -> list[Row]:
-    """Steps of such rows; without a model they are not run."""
-    step = fraction = None
-    note = f"0.6B, {PROMPT} prompt tokens, {LONGEST} new ones at most, of median {MEDIAN}"
-    if model is not None:
-        rows = IN_FLIGHT[name]
-        rng, drawn, steps, group = np.random.default_rng(0), ages(rows), 32, 8
-        most = LONGEST + steps * (repeats + 1)
-        config = GenerationConfig(max_running=rows, kv_tokens=sum(drawn) + rows * (PROMPT + steps * (repeats + 2) + 32))
-        engine = Engine(model, config, stop_ids=[], seed=0, max_length=PROMPT + most)
-        prompts = rng.integers(0, SMALL.vocab_size, (rows // group, PROMPT)).astype(np.int32)
-        params, unfinished = SamplingParams(most, ignore_eos=True), []
-        for i, age in enumerate(drawn):
-            request = EngineRequest(i, i // group, i // group, prompts[i // group], params)
-            tokens = rng.integers(0, SMALL.vocab_size, age).astype(np.int32)
-            unfinished.append(Unfinished(request, tokens, np.zeros(age, np.float32), np.zeros(age, np.int32)))
-        engine.restore(unfinished)
+def in_flight(rows: int, model: Decoder, repeats: int, steps: int = 32) -> tuple[float, float]:
+    """Seconds of a decode step of such rows, and the bytes that it cannot but read."""
+    rng, drawn, prompt = np.random.default_rng(0), ages(rows), W2.prompt_tokens
+    new = W2.longest + steps * (repeats + 1)
+    config = GenerationConfig(max_running=rows, kv_tokens=sum(drawn) + rows * (prompt + steps * (repeats + 2) + 32))
+    engine = Engine(model, config, stop_ids=[], seed=0, max_length=prompt + new)
+    prompts = rng.integers(0, SMALL.vocab_size, (rows // W2.samples, prompt)).astype(np.int32)
+    params, unfinished = SamplingParams(new, ignore_eos=True), []
+    for i, age in enumerate(drawn):
+        group = i // W2.samples
+        tokens = rng.integers(0, SMALL.vocab_size, age).astype(np.int32)
+        request = EngineRequest(i, group, group, prompts[group], params)
+        unfinished.append(Unfinished(request, tokens, np.zeros(age, np.float32), np.zeros(age, np.int32)))
+    engine.restore(unfinished)
+    engine.decode(max_steps=steps)
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
         engine.decode(max_steps=steps)
-        times = []
-        for _ in range(repeats):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            engine.decode(max_steps=steps)
-            torch.cuda.synchronize()
-            times.append((time.perf_counter() - start) / steps)
-        cached = sum(drawn) + rows * (steps * (1 + repeats / 2) + PROMPT / group)
-        moved = SMALL.num_parameters * 2 + cached * SMALL.num_layers * 2 * SMALL.kv_size * 2
-        step = statistics.median(times)
-        fraction = moved / step / bandwidth
-        note += f", {sum(drawn) / rows:.0f} tokens in the mean"
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / steps)
+    cached = sum(drawn) + rows * (steps * (1 + repeats / 2) + prompt / W2.samples)
+    return statistics.median(times), SMALL.num_parameters * 2 + cached * kv_bytes(SMALL)
+
+
+def in_flight_rows(name: str, found: tuple[float, float] | None, bandwidth: float) -> list[Row]:
+    step, moved = (None, 0.0) if found is None else found
+    note = f"0.6B, {W2.prompt_tokens} prompt tokens, responses of at most {W2.longest}, of median {W2.median}"
     return [
-        row(f"{name}: decode step", None if step is None else 1e3 * step, "ms", better="lower", note=note),
-        row(f"{name}: fraction of the copy bandwidth", fraction, "1"),
+        row(f"{name}: decode step", step and 1e3 * step, "ms", better="lower", note=note),
+        row(f"{name}: fraction of the copy bandwidth", step and moved / step / bandwidth, "1"),
     ]
 
 
@@ -381,25 +384,24 @@ def main() -> None:
     show(rows)
     results: dict[str, Result] = {}
     vllm = vllm_rows(w1, None, run=False)
-    flying = {name: in_flight_rows(name, None, 0, bandwidth) for name in IN_FLIGHT}
+    flying: dict[str, tuple[float, float]] = {}
 
     def write_all() -> None:  # after each shape: what ends early has shown something
         if args.write:
             found = [line for case in CASES for line in rows_of(case, results.get(case.name), bandwidth)]
             partial, names = args.only is not None, ["triton", "vllm"]
-            found += [line for lines in flying.values() for line in lines]
+            found += [line for name in IN_FLIGHT for line in in_flight_rows(name, flying.get(name), bandwidth)]
             write("generation", torch.cuda.get_device_name(), rows + found + vllm, packages=names, partial=partial)
 
-    asked = [name for name in IN_FLIGHT if args.only is None or name in args.only]
-    small = build(SMALL) if asked else None
-    for name in asked:
-        flying[name] = in_flight_rows(name, small, args.repeats, bandwidth)
-        show(flying[name])
-        release()
-    small = None
     for shape in SHAPES:
         mine = [case for case in cases if case.shape == shape]
-        model = build(SHAPES[shape]) if mine else None
+        rows_too = [name for name in IN_FLIGHT if SHAPES[shape] is SMALL and (args.only is None or name in args.only)]
+        model = build(SHAPES[shape]) if mine or rows_too else None
+        for name in rows_too:
+            assert model is not None
+            flying[name] = in_flight(IN_FLIGHT[name], model, args.repeats)
+            show(in_flight_rows(name, flying[name], bandwidth))
+            release()
         for case in mine:
             assert model is not None
             results[case.name] = measure(case, model, args.repeats)

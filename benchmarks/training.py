@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from record import Row, cpu_name, row, show, write
+from schedules_runs import GPU
 
 from asystem.config import Config, LoraConfig, Recompute, TrainingConfig
 from asystem.data.packing import PackedBatch, Sample, pack
@@ -90,7 +91,7 @@ class Case:
 LORA, FULL = {"lora": LoraConfig(rank=16)}, {"recompute": Recompute.full}
 KEEP = {"keep_logits": True}
 W1 = Case("W1 0.6B", "0.6B", 256, 640, choices=KEEP, seconds=1.3, mfu=0.6)
-W2 = Case("W2 0.6B", "0.6B", 512, PROMPT + 4096, median=256)
+W2 = Case("W2 0.6B", "0.6B", GPU.capacity, PROMPT + GPU.longest, median=GPU.median)
 W3 = Case("W3 0.6B", "0.6B", 2, 16_384, choices=FULL, mfu=0.4, gib=12.5)
 W3_LORA = replace(W3, name="W3 0.6B LoRA", choices=FULL | LORA, mfu=None, gib=None)
 W3_4B = replace(W3, name="W3 4B LoRA", shape="4B", choices=FULL | LORA, mfu=0.45, gib=16.0)
